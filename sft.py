@@ -1,0 +1,287 @@
+"""Supervised fine-tuning on demonstrations: the first stage of RLHF (Stiennon et al. 2020, Ouyang et al. 2022).
+
+    1. batch    rows of (prompt, completion); their token ids are joined, with one EOS after the completion
+    2. loss     cross-entropy of the completion's tokens (EOS included) given all tokens before them
+    3. update   AdamW, learning rate decaying linearly to 0
+
+One process:     python sft.py
+Eight GPUs:      torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M --dataset my_rows.jsonl
+
+Shapes: B rows on this rank, T tokens (right padded), V vocabulary.
+
+Deviations: prompt tokens carry no loss (Stiennon et al. train on them too); a row that is longer than `max_length` is
+left out and counted, never cut, because a cut row would teach the model not to end.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from utils import (
+    Means,
+    Run,
+    UserError,
+    autocast,
+    check_divides,
+    check_run_folder,
+    init_ranks,
+    launch,
+    load_pretrained,
+    load_rows,
+    progress,
+    resumed,
+    save_pretrained,
+    say,
+    seeded,
+    sync_only_if,
+    wrap,
+)
+
+
+@dataclass
+class Args:
+    model: str = "data/randomwalks/model"
+    """what is trained: a Hub name or a folder; a folder with a config and no weights starts from random weights"""
+    dataset: str = "data/randomwalks/demonstrations.jsonl"
+    """rows with prompt+completion, text, or messages: a .json, .jsonl or .parquet file, a folder of them, a Hub name"""
+    eval_dataset: str | None = None
+    """held-out rows of the same kind; none: one in twenty rows of --dataset, drawn with the seed, and not trained on"""
+    output_dir: str | None = None
+    """the run folder, which must not exist yet; none: runs/sft__<seed>__<time>"""
+    seed: int = 1
+    """seeds the initial weights, the held-out rows and the order of the rows"""
+    num_epochs: int = 20
+    """passes over the rows"""
+    batch_size: int = 50
+    """rows per optimizer step, over all ranks"""
+    micro_batch_size: int = 50
+    """rows per forward and backward on one rank: a memory knob, without effect on the objective"""
+    max_length: int = 512
+    """tokens of prompt and completion together; longer rows are left out and counted"""
+    lr: float = 1e-3
+    """learning rate of the first step; decays linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger global norm are scaled down to it; 0: never"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """what the forward and backward compute in; weights and optimizer state are fp32 always"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the training forward"""
+    log_every: int = 20
+    """steps between two lines of metrics"""
+    eval_every: int = 200
+    """steps between two evaluations on the held-out rows; the last step is always evaluated"""
+    save_every: int = 0
+    """steps between two checkpoints to resume from; 0: none"""
+    resume: str | None = None
+    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """where metrics go besides metrics.jsonl"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def token_loss(logits, labels):
+    """Summed cross-entropy of the next token, and how many tokens were counted.
+
+    logits (B,T,V); labels (B,T): the input ids, -100 where no loss is wanted. The function shifts by one: logits at t
+    are held against the label at t + 1. Returns (loss_sum, token_count), both 0-d; the sum is in fp32 or better, nats.
+    """
+    logits = logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels[:, 1:]
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss_sum, (labels != -100).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS.
+
+    Were pad equal to EOS, whoever masks padding by its id would also mask the EOS that the model must learn to say.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        unused = {tokenizer.unk_token, *tokenizer.get_added_vocab()} - {None, tokenizer.eos_token, tokenizer.bos_token}
+        tokenizer.add_special_tokens({"pad_token": min(unused, key=str.lower) if unused else "[PAD]"})
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        plain = tokenizer(prompt, add_special_tokens=False).input_ids
+        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+    else:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def encode_response(tokenizer, prompt, response):
+    """Token ids of a response, tokenised apart from its prompt so that no token straddles the two, with one EOS."""
+    if not isinstance(response, str):  # messages: what the chat template adds to the prompt's own text
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        if not whole.startswith(start):
+            raise UserError("the chat template does not render a prompt as the beginning of its conversation")
+        response = whole[len(start) :]
+    ids = tokenizer(response, add_special_tokens=False).input_ids
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return ids + [tokenizer.eos_token_id]
+
+
+def encode_rows(rows, tokenizer, max_length, path):
+    """[(input_ids, labels)] of the rows that fit, as lists. Labels are the ids themselves, -100 on prompt tokens."""
+    encoded = []
+    for row in rows:
+        if "messages" in rows.column_names:  # every assistant turn is a response to the turns before it
+            turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+            pairs = [(row["messages"][:i], row["messages"][i : i + 1]) for i in turns]
+        else:
+            pairs = [(row["prompt"], row["completion"])] if "prompt" in rows.column_names else [("", row["text"])]
+        for prompt, completion in pairs:
+            query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
+            encoded.append((query + response, [-100] * len(query) + response))
+    kept = [pair for pair in encoded if len(pair[0]) <= max_length]
+    if len(kept) < len(encoded):
+        say(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} rows longer than {max_length} tokens")
+    if not kept:
+        raise UserError(f"{path}: no row is left; every one is longer than --max_length {max_length}")
+    return kept
+
+
+def collate(rows, pad_id, num_rows, device):
+    """(input_ids, labels, attention_mask), each (B,T), right padded to a multiple of 8 tokens and to `num_rows` rows.
+
+    Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a rank that has
+    no row of an epoch's last batch still takes part in the gradient exchange.
+    """
+    rows = rows + [([0], [-100])] * (num_rows - len(rows))
+    T = -(-max(len(ids) for ids, _ in rows) // 8) * 8
+    input_ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in rows])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in rows])
+    return input_ids.to(device), labels.to(device), attention_mask.to(device)
+
+
+def micro_batches(rows, length, ranks, size):
+    """This rank's share of a global batch, as lists of at most `size` rows of similar length (at least one list)."""
+    mine = sorted(rows, key=length)[ranks.rank :: ranks.world_size]
+    return [mine[i : i + size] for i in range(0, max(len(mine), 1), size)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def forward(model, input_ids, attention_mask):
+    """Logits (B,T,V). Positions are always explicit."""
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def evaluate(model, rows, args, pad_id, ranks):
+    """Mean loss per completion token, in nats, over all rows and ranks."""
+    means = Means()
+    for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
+        input_ids, labels, attention_mask = collate(part, pad_id, args.micro_batch_size, ranks.device)
+        with autocast(ranks.device, args.precision):
+            means.add_sum("loss", *token_loss(forward(model, input_ids, attention_mask), labels))
+    return means.reduce()["loss"]
+
+
+def main(args):
+    # Everything that can be refused is refused before a model is loaded or a file is written.
+    args = resumed(args)
+    check_run_folder(args)
+    tokenizer = load_tokenizer(args.model)
+    columns = [("prompt", "completion"), ("text",), ("messages",)]
+    rows = encode_rows(load_rows(args.dataset, columns), tokenizer, args.max_length, args.dataset)
+    if args.eval_dataset:
+        eval_rows = encode_rows(load_rows(args.eval_dataset, columns), tokenizer, args.max_length, args.eval_dataset)
+    else:
+        order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
+        held_out = len(rows) // 20
+        eval_rows, rows = [rows[i] for i in order[:held_out]], [rows[i] for i in order[held_out:]]
+
+    ranks = init_ranks()
+    check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
+    torch.manual_seed(args.seed)
+    model, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.to(ranks.device)
+    train_model = wrap(model, ranks, args.compile)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+
+    steps_per_epoch = -(-len(rows) // args.batch_size)
+    num_steps = args.num_epochs * steps_per_epoch
+    run, means, done, size = Run(args, ranks, "sft"), Means(), 0, args.micro_batch_size
+    if args.resume:
+        state = run.load_checkpoint()
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    for step in progress(done, num_steps, ranks, "sft"):
+        # 1. batch
+        epoch, i = divmod(step - 1, steps_per_epoch)
+        order = torch.randperm(len(rows), generator=seeded(args.seed, "order", epoch)).tolist()
+        batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
+        num_tokens = sum(label != -100 for _, labels in batch for label in labels[1:])  # of all ranks
+
+        # 2. loss
+        parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
+        for k, part in enumerate(parts, start=1):
+            input_ids, labels, attention_mask = collate(part, tokenizer.pad_token_id, size, ranks.device)
+            with sync_only_if(k == len(parts), train_model), autocast(ranks.device, args.precision):
+                loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
+                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
+            means.add_sum("train/sft/loss", loss_sum, token_count)
+
+        # 3. update
+        lr = args.lr * (1 - (step - 1) / num_steps)
+        optimizer.param_groups[0]["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+
+        is_last = step == num_steps
+        evaluates = bool(eval_rows) and (step % args.eval_every == 0 or is_last)
+        if step % args.log_every == 0 or evaluates or is_last:
+            metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
+            if evaluates:
+                metrics["eval/sft/loss"] = evaluate(model, eval_rows, args, tokenizer.pad_token_id, ranks)
+            run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
+        if args.save_every and step % args.save_every == 0:
+            run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
+
+    if ranks.is_main:
+        save_pretrained(run.folder / "model", model, tokenizer)
+        print(f"\nheld-out loss {metrics.get('eval/sft/loss', float('nan')):.4f} nats per completion token")
+        print(f"model folder  {run.folder / 'model'}")
+        print(f"next          python reward_model.py --model {run.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, use_underscores=True))

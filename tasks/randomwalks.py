@@ -1,0 +1,479 @@
+"""Random walks: a task small enough for a laptop, whose best possible score is known exactly.
+
+A random directed graph has 21 nodes, the letters a-u. Node a is the goal and absorbing (its only edge leads to itself).
+The prompt is a start letter, the response is the rest of a walk, and a good model spells a shortest path to a:
+
+    prompt "k", response "na"       the walk k -> n -> a, of length 3 (nodes, up to and including the first a)
+
+    optimality = (10 - min(length, 10)) / (10 - shortest)      shortest: nodes on the shortest path from that start
+
+so it is 1 for a shortest path and 0 for a failure: an edge that the graph does not have, a character that is no node,
+or never reaching a. The walk ends at the first a; **what is written after it is ignored** (this is how the published
+numbers count). Whether a model also stops there is a matter of its EOS, not of this reward.
+
+The data to learn from are 1000 uniform random walks, which are poor: on graph seed 1000 their mean optimality is 0.35.
+
+    python tasks/randomwalks.py                                        # writes data/randomwalks/
+    python tasks/randomwalks.py --graph_seed 1002 --output_dir data/easy
+
+What is written (every file under a temporary name first; a rerun gives the same bytes):
+
+    model/                  tokenizer and GPT-2 config of a 1,655,280-parameter model, no weights: train it from scratch
+    demonstrations.jsonl    prompt, completion             the 1000 walks                          for sft.py
+    preferences.jsonl       prompt, chosen, rejected       the chosen walk is strictly better      for reward_model.py
+    preferences_test.jsonl  prompt, chosen, rejected       held out, no row shared with the above
+    prompts.jsonl           prompt, graph_seed             the distinct start letters, sorted      for ppo_rlhf.py
+    rated.jsonl             prompt, completion, reward     the 1000 walks and their optimality     for ilql_rlhf.py
+
+The exact reward is also a function, `--reward_fn tasks/randomwalks.py:reward`. It finds its graph through the column
+`graph_seed` of prompts.jsonl.
+
+Tokenizer: one token per character, 23 in all: the 21 letters, `|` (both BOS and EOS) and `<pad>`. Nothing is added to
+a text. There is no room for an unknown token, so any other character becomes `|`: it keeps its place in `input_ids`
+and means "the walk is over", rather than vanishing or posing as a letter.
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+LETTERS = "abcdefghijklmnopqrstu"
+GOAL = 0
+MAX_NODES = 10  # nodes in a walk; a walk of this length or longer has optimality 0
+NUM_WALKS = 1000
+EDGE_THRESHOLD = 0.9  # an edge where a uniform draw exceeds this
+BENCHMARK_SEED = 1000  # the graph of the published numbers
+SEPARATOR = "|"
+
+
+@dataclass
+class Args:
+    graph_seed: int = 1000
+    """seed of the graph and of its 1000 walks; 1000 is the published benchmark, 1002 is an easy graph"""
+    seed: int = 1
+    """seed of the preference pairs (graph and walks do not depend on it)"""
+    num_pairs: int = 20_000
+    """rows of preferences.jsonl, spread evenly over the start letters"""
+    num_test_pairs: int = 1_000
+    """rows of preferences_test.jsonl, spread evenly over the start letters"""
+    output_dir: str = "data/randomwalks"
+    """folder to write; files of the same names in it are replaced, others are left alone"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the graph and the reward
+
+
+class Graph(NamedTuple):
+    adjacency: np.ndarray
+    """(N, N) bool, [i, j]: there is an edge i -> j"""
+    shortest: np.ndarray
+    """(N,) nodes on the shortest path to the goal"""
+    successors: list
+    """N lists of node numbers: where an edge leads"""
+    closer: list
+    """N lists: those successors from which the goal is nearest"""
+
+
+def shortest_lengths(adjacency):
+    """Length of the shortest path from every node to the goal, by breadth-first search backwards from the goal.
+
+    adjacency: (N, N) bool. Returns (N,) float: the number of nodes on the path, both ends counted (1 for the goal
+    itself), inf where there is no path. ValueError if adjacency is not square.
+    """
+    adjacency = np.asarray(adjacency, dtype=bool)
+    if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1]:
+        raise ValueError(f"adjacency must be a square matrix, not of shape {adjacency.shape}")
+    lengths = np.full(len(adjacency), np.inf)
+    frontier, length = np.arange(len(adjacency)) == GOAL, 1
+    while frontier.any():
+        lengths[frontier] = length
+        frontier = adjacency[:, frontier].any(axis=1) & np.isinf(lengths)
+        length += 1
+    return lengths
+
+
+def optimality(adjacency, walk, shortest=None):
+    """How close a walk comes to the shortest path: 1 for a shortest path, 0 for a failure, linear in length between.
+
+    adjacency: (N, N) bool. walk: sequence of node numbers, the start first; whatever follows the first goal is ignored,
+    and a number outside 0..N-1 is a node that does not exist. shortest: (N,) = shortest_lengths(adjacency), if the
+    caller has it already. An empty walk, or the start alone (unless it is the goal), is a failure.
+    """
+    for i, node in enumerate(walk):
+        if not 0 <= node < len(adjacency) or (i > 0 and not adjacency[walk[i - 1], node]):
+            return 0.0
+        if node == GOAL:
+            length = i + 1
+            if length >= MAX_NODES:
+                return 0.0
+            shortest = shortest_lengths(adjacency) if shortest is None else shortest
+            return float((MAX_NODES - length) / (MAX_NODES - shortest[walk[0]]))
+    return 0.0
+
+
+def draw_graph(rng):
+    """One random graph (N, N) bool, redrawn until every node has an edge out; the goal is made absorbing."""
+    while True:
+        adjacency = rng.rand(len(LETTERS), len(LETTERS)) > EDGE_THRESHOLD
+        np.fill_diagonal(adjacency, False)
+        if adjacency.any(axis=1).all():
+            break
+    adjacency[GOAL] = False
+    adjacency[GOAL, GOAL] = True
+    return adjacency
+
+
+def uniform_walk(rng, adjacency, start, max_nodes=MAX_NODES):
+    """A walk that takes every edge with equal chance and stops at the goal or at max_nodes."""
+    walk = [int(start)]
+    while walk[-1] != GOAL and len(walk) < max_nodes:
+        walk.append(int(rng.choice(np.nonzero(adjacency[walk[-1]])[0])))
+    return walk
+
+
+@functools.cache
+def build_task(graph_seed):
+    """(graph, walks) of a seed: the graph and its 1000 walks (lists of node numbers), drawn from one random stream.
+
+    ValueError if some node cannot reach the goal, or only by a path so long that its optimality would be 0 / 0.
+    """
+    rng = np.random.RandomState(graph_seed)
+    adjacency = draw_graph(rng)
+    shortest = shortest_lengths(adjacency)
+    lost = "".join(np.array(list(LETTERS))[shortest >= MAX_NODES])
+    if lost:
+        raise ValueError(
+            f"graph seed {graph_seed} is of no use: the goal a is out of reach (fewer than {MAX_NODES} nodes) "
+            f"from {len(lost)} nodes ({lost}); choose another graph seed ({BENCHMARK_SEED} is the benchmark)"
+        )
+    successors = [np.nonzero(row)[0].tolist() for row in adjacency]
+    closer = [[j for j in nodes if shortest[j] == min(shortest[nodes])] for nodes in successors]
+    walks = []
+    for _ in range(NUM_WALKS):
+        start = rng.randint(len(LETTERS))
+        while start == GOAL:
+            start = rng.randint(len(LETTERS))
+        walks.append(uniform_walk(rng, adjacency, start))
+    return Graph(adjacency, shortest, successors, closer), walks
+
+
+def to_nodes(text):
+    """Node numbers of a text, -1 for a character that is no node."""
+    return [LETTERS.find(character) for character in text]
+
+
+def to_text(walk):
+    return "".join(LETTERS[node] for node in walk)
+
+
+def reward(prompts, responses, graph_seed=None, **columns):
+    """Optimality (list of float, 0 to 1) of each walk prompts[i] + responses[i], decoded text.
+
+    graph_seed: one number a row, as prompts.jsonl carries it; without it the benchmark's graph counts. Further columns
+    are ignored. Spaces and separators around a text do not count.
+    """
+    graph_seed = [BENCHMARK_SEED] * len(prompts) if graph_seed is None else graph_seed
+    rewards = []
+    for prompt, response, row_seed in zip(prompts, responses, graph_seed, strict=True):
+        graph, _ = build_task(int(row_seed))
+        walk = prompt.strip().lstrip(SEPARATOR) + response.strip().rstrip(SEPARATOR)
+        rewards.append(optimality(graph.adjacency, to_nodes(walk.strip()), graph.shortest))
+    return rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# walks, good and bad; each maker takes (rng, graph, start) and gives a list of node numbers that begins with start,
+# or None if the draw came to nothing (the caller then draws again)
+
+
+def pick(rng, items, shares=None):
+    """One of the items, with equal chances or with the given ones (numpy's own choice is ten times as slow)."""
+    if shares is None:
+        return items[int(rng.rand() * len(items))]
+    return items[min(bisect.bisect(list(itertools.accumulate(shares)), rng.rand()), len(items) - 1)]
+
+
+def guided_walk(rng, graph, start, skill, max_nodes=MAX_NODES):
+    """At each node the step is, with chance skill, one on a shortest path, and otherwise a uniform one."""
+    walk = [int(start)]
+    while walk[-1] != GOAL and len(walk) < max_nodes:
+        walk.append(pick(rng, (graph.closer if rng.rand() < skill else graph.successors)[walk[-1]]))
+    return walk
+
+
+def good_walk(rng, graph, start):
+    """A walk of positive optimality: a shortest path, one with a detour, or a more or less skilled wander."""
+    kind = pick(rng, ["shortest", "detour", "skilled"], [0.3, 0.35, 0.35])
+    walk = guided_walk(rng, graph, start, rng.uniform(0.2, 0.9) if kind == "skilled" else 1.0)
+    if kind == "detour":
+        walk = walk[: rng.randint(1, len(walk))]
+        walk = walk + guided_walk(rng, graph, pick(rng, graph.successors[walk[-1]]), 1.0)
+    return walk if optimality(graph.adjacency, walk, graph.shortest) > 0 else None
+
+
+def any_walk(rng, graph, start):
+    """A valid walk that may or may not arrive, from aimless to skilled."""
+    return guided_walk(rng, graph, start, pick(rng, [0.0, 0.3, 0.6, 0.9]))
+
+
+def broken_copy(rng, graph, walk):
+    """The walk with one letter replaced, inserted, deleted or swapped with the next, so that it fails."""
+    edit = pick(rng, ["replace", "insert", "delete", "swap"])
+    i, letter = rng.randint(1, len(walk)), rng.randint(len(LETTERS))
+    if edit == "swap":
+        copy = walk[:i] + walk[i : i + 2][::-1] + walk[i + 2 :]
+    else:
+        copy = walk[:i] + [letter] * (edit != "delete") + walk[i + (edit != "insert") :]
+    return None if optimality(graph.adjacency, copy, graph.shortest) > 0 else copy
+
+
+def jump_walk(rng, graph, start):
+    """0 to 4 valid steps, then an edge that does not exist: straight to the goal, or to a node with a real way home."""
+    walk = guided_walk(rng, graph, start, rng.rand(), max_nodes=rng.randint(1, 6))
+    if walk[-1] == GOAL:
+        return None
+    target = GOAL if rng.rand() < 0.5 else rng.randint(len(LETTERS))
+    if graph.adjacency[walk[-1], target]:
+        return None
+    return walk + guided_walk(rng, graph, target, 1.0)
+
+
+def missing_walk(rng, graph, start):
+    """Only real edges, but it misses: it stops early, wanders past the goal, runs in a circle, or comes too late."""
+    kind = pick(rng, ["early", "wander", "circle", "late"], [0.4, 0.3, 0.15, 0.15])
+    if kind == "early":
+        walk = guided_walk(rng, graph, start, rng.uniform(0.3, 1.0))
+        return walk[: rng.randint(1, len(walk))]
+    walk = [int(start)]
+    for _ in range(rng.randint(1, MAX_NODES + 2)):
+        onward = [node for node in graph.successors[walk[-1]] if node != GOAL]
+        if not onward:
+            break
+        walk.append(pick(rng, onward))
+        if kind == "circle" and walk[-1] in walk[:-1]:
+            circle = walk[walk.index(walk[-1]) + 1 :]
+            return (walk + circle * MAX_NODES)[: rng.randint(len(walk), MAX_NODES + 3)]
+    if kind != "late":
+        return walk
+    walk = walk + guided_walk(rng, graph, walk[-1], 1.0)[1:]
+    return walk if len(walk) >= MAX_NODES else None
+
+
+def noise_walk(rng, graph, start):
+    """Random letters, or one letter repeated; half of them arrive at the goal all the same."""
+    letters = rng.randint(len(LETTERS), size=rng.randint(0, MAX_NODES + 1))
+    if rng.rand() < 0.2:
+        letters = letters[:1].repeat(len(letters))
+    return [int(start), *letters.tolist()] + [GOAL] * (rng.rand() < 0.5)
+
+
+def with_tail(rng, walk):
+    """The walk and 1 to 4 letters behind it: the goal again and again, or any letters."""
+    tail = rng.randint(len(LETTERS), size=rng.randint(1, 5))
+    return walk + (tail * (rng.rand() < 0.7)).tolist()
+
+
+def failing_walk(rng, graph, start):
+    """A walk that fails, of any of the kinds above."""
+    maker = pick(rng, [jump_walk, missing_walk, noise_walk], [0.5, 0.25, 0.25])
+    walk = maker(rng, graph, start)
+    return walk if walk and optimality(graph.adjacency, walk, graph.shortest) == 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preference pairs
+
+# A policy that maximises a learned reward finds whatever the reward model never saw, so the pairs must cover every way
+# to be wrong, not only the mistakes that random walks make. "good" arrives in fewer than 10 nodes.
+PAIR_KINDS = {
+    "walks": 0.10,  # two valid walks of any skill: the plain comparison
+    "length": 0.25,  # two good walks of different length, in half the draws at most 2 nodes apart
+    "copy": 0.20,  # a good walk and its own copy with one broken edge (or end)
+    "jump": 0.20,  # a good walk and one that takes an invented edge, straight to the goal or nearer to it
+    "miss": 0.12,  # a good walk and one of real edges that misses: stops early, wanders, circles, comes too late
+    "noise": 0.08,  # a good walk and random letters
+    "tail": 0.05,  # letters after the arrival, on one side or both; the rest as in "length" or as in "jump" to "noise"
+}
+MAX_TRIES = 50  # draws of one kind before another is drawn: from some starts a kind gives few different pairs, or none
+
+
+def draw_pair(rng, graph, start, kind):
+    """Two walks from one start, in no order, or None."""
+    first = any_walk(rng, graph, start) if kind == "walks" else good_walk(rng, graph, start)
+    if first is None:
+        return None
+    if kind == "walks":
+        second = any_walk(rng, graph, start)
+    elif kind == "length":
+        second = good_walk(rng, graph, start)
+        if second is not None and rng.rand() < 0.5 and abs(len(first) - len(second)) > 2:
+            return None
+    elif kind == "copy":
+        second = broken_copy(rng, graph, first)
+    elif kind == "tail":
+        second = (good_walk if rng.rand() < 0.5 else failing_walk)(rng, graph, start)
+    else:
+        second = {"jump": jump_walk, "miss": missing_walk, "noise": noise_walk}[kind](rng, graph, start)
+    if second is None or kind != "tail":
+        return None if second is None else (first, second)
+    sides = rng.randint(1, 4)  # 1: the first walk gets a tail, 2: the second, 3: both
+    first = with_tail(rng, first) if sides & 1 else first
+    return first, with_tail(rng, second) if sides & 2 else second
+
+
+def draw_preferences(rng, graph, starts, num_pairs, held_out=()):
+    """num_pairs rows {prompt, chosen, rejected}: starts in turn, kinds at random, no tie, no row of held_out.
+
+    A row may come more than once: from some starts there are few good walks, and their comparisons must not run out.
+    """
+    held_out = {tuple(row.values()) for row in held_out}
+    kinds, shares = list(PAIR_KINDS), list(PAIR_KINDS.values())
+    rows, tries, kind = [], 0, None
+    while len(rows) < num_pairs:
+        kind = pick(rng, kinds, shares) if tries % MAX_TRIES == 0 else kind
+        tries += 1
+        walks = draw_pair(rng, graph, starts[len(rows) % len(starts)], kind)
+        if walks is None:
+            continue
+        scores = [optimality(graph.adjacency, walk, graph.shortest) for walk in walks]
+        chosen, rejected = map(to_text, walks if scores[0] > scores[1] else walks[::-1])
+        row = {"prompt": chosen[0], "chosen": chosen[1:], "rejected": rejected[1:]}
+        if scores[0] != scores[1] and tuple(row.values()) not in held_out:
+            rows.append(row)
+            tries = 0
+    # blocks of one start in turn would make every batch alike; a shuffle makes any prefix a fair sample
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model and files
+
+
+def build_tokenizer():
+    vocab = {token: i for i, token in enumerate([*LETTERS, SEPARATOR, "<pad>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SEPARATOR))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # `.` would let newlines through
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        unk_token=SEPARATOR,
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_config(tokenizer):
+    """GPT-2, 6 layers, width 144. The 1024 positions are far more than a walk needs, but part of the published size."""
+    return GPT2Config(
+        architectures=["GPT2LMHeadModel"],
+        vocab_size=len(tokenizer),
+        n_positions=1024,
+        n_embd=144,
+        n_layer=6,
+        n_head=6,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        summary_first_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def write_files(output_dir, tables):
+    """Write model/ and one .jsonl a table into a temporary folder beside output_dir, then move them in file by file."""
+    output_dir = output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
+    try:
+        tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(temporary / "model")
+        build_config(tokenizer).save_pretrained(temporary / "model")
+        for name, rows in tables.items():
+            with open(temporary / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        (output_dir / "model").mkdir(exist_ok=True)
+        for name in files:
+            os.replace(temporary / name, output_dir / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return files
+
+
+def check_args(args):
+    for flag in ("graph_seed", "seed"):
+        if not 0 <= getattr(args, flag) < 2**32:
+            raise ValueError(f"--{flag} must lie in 0 .. 2**32 - 1, not {getattr(args, flag)}")
+    for flag in ("num_pairs", "num_test_pairs"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    for path in [Path(args.output_dir), *Path(args.output_dir).parents]:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output_dir {args.output_dir}: {path} is a file, not a folder")
+
+
+def main(args):
+    try:
+        check_args(args)
+        graph, walks = build_task(args.graph_seed)
+    except ValueError as error:
+        sys.exit(f"randomwalks.py: {error}")
+
+    # 1. the walks and what they are worth
+    texts = [to_text(walk) for walk in walks]
+    rewards = [optimality(graph.adjacency, walk, graph.shortest) for walk in walks]
+    starts = sorted({walk[0] for walk in walks})
+
+    # 2. the preference pairs, the held-out ones first
+    test_rng, train_rng = (np.random.RandomState([args.seed, split]) for split in range(2))
+    held_out = draw_preferences(test_rng, graph, starts, args.num_test_pairs)
+    preferences = draw_preferences(train_rng, graph, starts, args.num_pairs, held_out)
+
+    # 3. the files
+    tables = {
+        "demonstrations": [{"prompt": text[0], "completion": text[1:]} for text in texts],
+        "rated": [
+            {"prompt": text[0], "completion": text[1:], "reward": value}
+            for text, value in zip(texts, rewards, strict=True)
+        ],
+        "prompts": [{"prompt": LETTERS[start], "graph_seed": args.graph_seed} for start in starts],
+        "preferences": preferences,
+        "preferences_test": held_out,
+    }
+    output_dir = Path(args.output_dir)
+    files = write_files(output_dir, tables)
+
+    reached = np.mean([walk[-1] == GOAL for walk in walks])
+    print(f"graph seed          {args.graph_seed}")
+    print(f"walks               {len(walks)}, {len(set(texts))} distinct, {reached:.0%} reach the goal")
+    print(f"mean optimality     {np.mean(rewards):.4f}   (1 is a shortest path from every start)")
+    print(f"mean shortest path  {graph.shortest[starts].mean():.2f} nodes, over {len(starts)} starts")
+    print(f"preference pairs    {args.num_pairs} and {args.num_test_pairs} held out")
+    print(f"written             {output_dir}: {', '.join(map(str, files))}")
+    default = args.output_dir == Args.output_dir
+    model, data = output_dir / "model", output_dir / "demonstrations.jsonl"
+    print("next                python sft.py" + ("" if default else f" --model {model} --dataset {data}"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))

