@@ -102,6 +102,13 @@ def seeded(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def clock(device):
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def check_divides(divisor, number, what):
     """Refuse sizes that would leave a remainder; `what` names the two flags."""
     if divisor < 1 or number < 1 or number % divisor:

@@ -1,0 +1,632 @@
+"""PPO for RLHF: the third stage (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024).
+
+For each update:
+    1. rollout      sample a response to each query from the policy
+    2. score        score the whole response (reward model or function); log-probabilities under the policy and under
+                    the frozen reference; values from the critic
+                    reward of token t = -kl_coef * (logprob - ref_logprob), plus the score at the last token
+    3. advantages   GAE(gamma, lam) from rewards and values; whitened over the whole batch of all ranks
+    4. update       num_epochs passes over num_minibatches minibatches: clipped policy loss + vf_coef * clipped value
+                    loss, each a sum over real tokens divided by their number over all ranks
+
+One process:     python ppo_rlhf.py
+Eight GPUs:      torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model --reward_model runs/my_rm/model \
+                     --dataset my_prompts.jsonl --precision bf16
+
+Shapes: B rows on this rank, P query length (left padded), R response length (right padded), T = P + R, V vocabulary.
+Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, values[:, t] belongs to the state just
+before it, rewards[:, t] is paid for it. mask (B,R) is True for real response tokens, the EOS included.
+
+Deviations from the papers' code, each on purpose: the score is paid at EOS itself and the state behind it has value 0
+(Huang et al. pay it one slot later); old log-probabilities come from the training forward, not from the sampler;
+advantages are whitened over all ranks (the papers: on each rank); rewards are not whitened; the optimizer is plain
+AdamW with eps 1e-5 and no weight decay.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    StaticCache,
+)
+
+from utils import (
+    Means,
+    Run,
+    UserError,
+    all_gather,
+    autocast,
+    check_divides,
+    check_run_folder,
+    clock,
+    init_ranks,
+    launch,
+    load_function,
+    load_pretrained,
+    load_rows,
+    masked_mean,
+    newest_run,
+    progress,
+    resumed,
+    save_pretrained,
+    say,
+    seeded,
+    sync_only_if,
+    whiten,
+    wrap,
+)
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished run of sft.py"""
+    reward_model: str | None = None
+    """scores responses, and is where the critic starts: a Hub name or a folder of reward_model.py; none, and no
+    --reward_fn: the newest finished run of reward_model.py"""
+    reward_fn: str | None = None
+    """path/to/file.py:function(prompts, responses, **columns) -> list of floats; the critic starts from --model"""
+    monitor_fn: str | None = None
+    """a function like --reward_fn that is logged as monitor/<name> and never trained on: shows over-optimisation"""
+    dataset: str = "data/randomwalks/prompts.jsonl"
+    """rows with prompt; every other column reaches the reward function"""
+    output_dir: str | None = None
+    """the run folder, which must not exist yet; none: runs/ppo_rlhf__<seed>__<time>"""
+    seed: int = 1
+    """seeds the order of prompts, the sampling and the minibatches"""
+    total_episodes: int = 5120
+    """responses sampled in all; a multiple of batch_size"""
+    batch_size: int = 128
+    """responses per update, over all ranks"""
+    num_epochs: int = 4
+    """passes over the batch in each update"""
+    num_minibatches: int = 1
+    """optimizer steps in each pass"""
+    micro_batch_size: int = 128
+    """rows per forward on one rank: a memory knob, without effect on the objective"""
+    query_length: int = 64
+    """tokens; longer prompts are left out and counted"""
+    response_length: int = 10
+    """tokens sampled at most, the EOS included"""
+    temperature: float = 1.0
+    """divides the logits wherever a log-probability is taken: in sampling, in the policy, in the reference"""
+    lr: float = 3e-4
+    """learning rate of the first update; decays linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger global norm are scaled down to it; 0: never"""
+    kl_coef: float = 0.05
+    """price of one nat of KL to the reference; with --target_kl_nats, where the price starts"""
+    target_kl_nats: float | None = None
+    """adapt kl_coef until the KL of a response is this; none: kl_coef stays"""
+    kl_horizon: int = 10000
+    """episodes: how slowly kl_coef adapts"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
+    cliprange: float = 0.2
+    """the policy's probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
+    cliprange_value: float = 0.2
+    """a new value counts at most this far from the old one, in score units"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    missing_eos_score: float | None = -1.0
+    """score of a response that has no EOS, whatever the reward model says; none: the reward model decides"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the training forward and the decoding step"""
+    log_every: int = 1
+    """updates between two lines of metrics"""
+    sample_every: int = 10
+    """updates between two tables of samples; the first and the last update always show one"""
+    save_every: int = 0
+    """updates between two checkpoints to resume from; 0: none"""
+    resume: str | None = None
+    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """where metrics go besides metrics.jsonl"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def positions(attention_mask):
+    """Position of each token (B,T), counting real tokens only; padding gets a valid position that nobody reads."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def predicting(x, response_length):
+    """From (B,T,...) to (B,R,...): the entries at which the response's tokens are still to come, P - 1 .. T - 2."""
+    return x[:, -response_length - 1 : -1]
+
+
+def response_logits(policy, input_ids, attention_mask, response_length, forbidden):
+    """Logits (B,R,V) that predict the response's tokens; -inf for the ids that are never sampled."""
+    logits = policy(
+        input_ids.masked_fill(attention_mask == 0, 0),
+        attention_mask=attention_mask.long(),
+        position_ids=positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return predicting(logits, response_length).masked_fill(forbidden, -math.inf)
+
+
+def score_head(model, hidden):
+    """Scores (...) of hidden states (..., d): the linear head in full precision, minus the centre in the config."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = model.score(hidden.to(model.score.weight.dtype)).squeeze(-1)
+    return scores - getattr(model.config, "score_mean", 0.0)
+
+
+def last_hidden(model, input_ids, attention_mask):
+    """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
+    return model.base_model(
+        input_ids.masked_fill(attention_mask == 0, 0),
+        attention_mask=attention_mask.long(),
+        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+
+
+def last_token_scores(model, input_ids, attention_mask):
+    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds.
+
+    model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T). The mask decides
+    which token is the last, never an id, so an EOS that doubles as padding cannot hide the end of a response.
+    """
+    last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
+    hidden = last_hidden(model, input_ids, attention_mask)
+    return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+class ActorCritic(torch.nn.Module):
+    """Policy and critic as one module, so that the loss goes through one compiled and distributed wrapper's forward."""
+
+    def __init__(self, policy, critic):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(self, input_ids, attention_mask, response_length, temperature, forbidden):
+        """logprobs, entropy, values of the response's tokens, each (B,R)."""
+        logits = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden)
+        logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
+        hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
+        return logprobs, entropy, score_head(self.critic, hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample_tokens(logits, uniforms, temperature, forbidden=None):
+    """One token id per row (B,) by inverse CDF: the first id whose cumulative probability exceeds u times the total.
+
+    logits (B,V); uniforms (B,) in [0,1) are all the randomness there is. temperature 0 takes the most likely token.
+    """
+    logits = logits.float() if forbidden is None else logits.float().masked_fill(forbidden, -math.inf)
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
+    """Feed one token per row (B,) to the model and sample the next one (B,)."""
+    logits = model(
+        tokens[:, None],
+        attention_mask=key_mask,
+        position_ids=position_ids[:, None],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return sample_tokens(logits[:, -1], uniforms, temperature, forbidden)
+
+
+@torch.no_grad()
+def generate(
+    model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, step=decode_step, cache=None
+):
+    """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache.
+
+    query_mask (B,P) is True at real tokens, wherever they are. uniforms (B,R) in [0,1) fix the sample: the same block
+    gives the same tokens on any number of ranks. A row ends at its first stop id and is pad_id behind it; when every
+    row has ended the loop stops early. forbidden (V,) is True for ids that are never sampled. step: `decode_step` or a
+    compiled form of it. cache: a StaticCache of at least P + R slots to use again, so compiled graphs stay valid.
+    """
+    (B, P), R = queries.shape, uniforms.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
+    cache.reset()
+    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
+    responses = torch.full((B, R), pad_id, device=queries.device)
+    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    position_ids = positions(query_mask)
+    logits = model(
+        queries.masked_fill(query_mask == 0, 0),
+        attention_mask=key_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    tokens = sample_tokens(logits[:, -1], uniforms[:, 0], temperature, forbidden)
+    ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
+    for t in range(R):
+        responses[:, t] = torch.where(ended, pad_id, tokens)
+        ended |= torch.isin(tokens, stop_ids)
+        if t == R - 1 or (t % 8 == 7 and ended.all()):  # asking the device costs a wait, so not at every token
+            break
+        key_mask[:, P + t] = 1
+        next_positions = position_ids[:, -1] + 1 + t
+        tokens = step(model, cache, tokens, next_positions, key_mask, uniforms[:, t + 1], temperature, forbidden)
+    return responses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def response_mask(responses, stop_ids, min_length=0):
+    """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
+    is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
+    is_stop[:, :min_length] = False
+    stops_before = is_stop.long().cumsum(1) - is_stop.long()
+    return stops_before == 0
+
+
+def token_logprobs(logits, tokens, temperature):
+    """Log-probability of each token and entropy of each distribution, both (B,R), in nats and fp32.
+
+    logits (B,R,V) at the positions that predict the tokens (B,R); -inf is allowed. Distribution: softmax(logits / T).
+    """
+    all_logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+    entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -math.inf, 0.0)).sum(-1)
+    return logprobs, entropy
+
+
+def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """Reward of each token (B,R): the KL penalty at every real token, plus the score (B,) at the last real one.
+
+    The penalty is the plain log-ratio (k1), whose sum over a response estimates its KL to the reference without bias
+    (Ziegler et al. 2019, eq. 2). A row's rewards add up to score - kl_coef * KL estimate.
+    """
+    penalties = -kl_coef * torch.where(mask, logprobs - ref_logprobs, 0.0)
+    is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
+    return penalties + torch.where(is_last, scores[:, None], 0.0)
+
+
+def compute_gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, eq. 16).
+
+    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  return_t = A_t + V_t. The state behind
+    the last real token is terminal and has value 0. All inputs (B,R); what stands behind the mask has no influence.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        advantage = torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)
+        advantages[:, t] = advantage
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
+    """Clipped surrogate per token (Schulman et al. 2017, eq. 7, negated): (loss, ratio, clipped), each (B,R).
+
+    The ratio is clipped to 1 - cliprange .. 1 + cliprange_high (cliprange if None). clipped: the clipped branch is
+    strictly the larger loss, so the token has no gradient.
+    """
+    ratio = torch.exp(new_logprobs - logprobs)
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
+    return torch.maximum(plain, bounded), ratio, bounded > plain
+
+
+def value_loss(new_values, values, returns, cliprange_value):
+    """Clipped squared error per token, the 1/2 included: (loss, clipped), each (B,R); clipped as in `policy_loss`.
+
+    A new value counts at most cliprange_value away from the old one (OpenAI's code for Ziegler et al. 2019).
+    """
+    plain = 0.5 * (new_values - returns) ** 2
+    bounded = 0.5 * (values + (new_values - values).clamp(-cliprange_value, cliprange_value) - returns) ** 2
+    return torch.maximum(plain, bounded), bounded > plain
+
+
+class AdaptiveKLController:
+    """Moves kl_coef until the KL of a response meets a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, kl_coef, target, horizon):
+        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl, num_episodes):
+        """The new coefficient. kl: mean KL of a response in nats; num_episodes: responses behind it; both global."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * num_episodes / self.horizon
+        return self.kl_coef
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS.
+
+    Were pad equal to EOS, whoever masks padding by its id would also mask the EOS that the model must learn to say.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        unused = {tokenizer.unk_token, *tokenizer.get_added_vocab()} - {None, tokenizer.eos_token, tokenizer.bos_token}
+        tokenizer.add_special_tokens({"pad_token": min(unused, key=str.lower) if unused else "[PAD]"})
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        plain = tokenizer(prompt, add_special_tokens=False).input_ids
+        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+    else:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def encode_prompts(rows, tokenizer, query_length, path):
+    """[(token ids, row)] of the prompts that fit."""
+    encoded = [(encode_prompt(tokenizer, row["prompt"]), row) for row in rows]
+    if not all(ids for ids, _ in encoded):
+        raise UserError(f"{path}: row {[not ids for ids, _ in encoded].index(True) + 1} has an empty prompt")
+    kept = [pair for pair in encoded if len(pair[0]) <= query_length]
+    if len(kept) < len(encoded):
+        say(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than {query_length} tokens")
+    if not kept:
+        raise UserError(f"{path}: no prompt is left; every one is longer than --query_length {query_length}")
+    return kept
+
+
+def prompt_order(num_prompts, first, count, seed):
+    """Indices of the prompts of episodes first .. first + count - 1: pass after pass, each in an order of its own."""
+    episodes = range(first, first + count)
+    passes = {e // num_prompts for e in episodes}
+    orders = {p: torch.randperm(num_prompts, generator=seeded(seed, "prompts", p)).tolist() for p in passes}
+    return [orders[e // num_prompts][e % num_prompts] for e in episodes]
+
+
+def left_pad(sequences, length, pad_id, device):
+    """(queries, query_mask), each (B,P)."""
+    queries = torch.tensor([[pad_id] * (length - len(ids)) + ids for ids in sequences])
+    query_mask = torch.tensor([[False] * (length - len(ids)) + [True] * len(ids) for ids in sequences])
+    return queries.to(device), query_mask.to(device)
+
+
+def call_reward_fn(function, rows, responses, device):
+    """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    scores = list(function([row["prompt"] for row in rows], responses, **columns))
+    name = getattr(function, "__name__", "reward function")
+    if len(scores) != len(responses):
+        raise UserError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
+    for score, response in zip(scores, responses, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"{name} returned {score} for the response {response!r}")
+    return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def show_samples(rows):
+    """A small table of sampled responses, for the eye."""
+    say(f"{'score':>9} {'kl':>7}  prompt | response")
+    for row in rows:
+        texts = [" ".join(str(row[key]).split()) for key in ("query", "response")]
+        say(f"{row['score']:9.3f} {row['kl']:7.2f}  {texts[0][-60:]} | {texts[1][:90]}")
+
+
+def main(args):
+    # Everything that can be refused is refused before a model is loaded or a file is written.
+    args = resumed(args)
+    check_run_folder(args)
+    check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
+    check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
+    if args.reward_model and args.reward_fn:
+        raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
+    reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
+    monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
+    args.model = args.model or newest_run("sft")
+    args.reward_model = args.reward_model or (None if reward_fn else newest_run("reward_model"))
+    tokenizer = load_tokenizer(args.model)
+    if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of --model {args.model}")
+    prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
+
+    ranks = init_ranks()
+    device, R = ranks.device, args.response_length
+    check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
+    torch.manual_seed(args.seed)
+    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
+        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    policy.generation_config = GenerationConfig.from_model_config(policy.config)
+    reference = copy.deepcopy(policy).requires_grad_(False).to(device)
+    critic, headless = load_pretrained(
+        AutoModelForSequenceClassification, args.reward_model or args.model, ["score.weight"], num_labels=1
+    )
+    if args.reward_model and headless:
+        raise UserError(f"--reward_model {args.reward_model}: not a reward model: it lacks the weights {headless[0]}")
+    reward_model = copy.deepcopy(critic).requires_grad_(False).to(device) if args.reward_model else None
+    if headless:  # the critic of a reward function: all values start at 0
+        torch.nn.init.zeros_(critic.score.weight)
+        critic.config.pad_token_id = tokenizer.pad_token_id
+    actor_critic = ActorCritic(policy, critic).to(device)
+    train_model = wrap(actor_critic, ranks, args.compile)
+    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+    # In bf16, sampling reads one bf16 copy whose storage never moves; in fp32 the policy itself.
+    sampler = copy.deepcopy(policy).requires_grad_(False).bfloat16() if args.precision == "bf16" else policy
+    step = decode_step
+    if args.compile:
+        step = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
+
+    stop_ids, pad_id = [tokenizer.eos_token_id], tokenizer.pad_token_id
+    forbidden = torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)  # rows that no token has
+    forbidden[pad_id] |= pad_id not in stop_ids
+    P = max(len(ids) for ids, _ in prompts)
+    B = args.batch_size // ranks.world_size
+    cache = StaticCache(config=policy.config, max_cache_len=P + R)
+    controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
+
+    num_updates = args.total_episodes // args.batch_size
+    run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
+    if args.resume:
+        state = run.load_checkpoint()
+        actor_critic.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, controller.kl_coef = state["step"], state["kl_coef"]
+    for update in progress(done, num_updates, ranks, "ppo_rlhf"):
+        started = clock(device)
+        # 1. rollout: the global block of prompts and of uniforms is the same for any number of ranks
+        mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
+        order = prompt_order(len(prompts), (update - 1) * args.batch_size, args.batch_size, args.seed)[mine]
+        queries, query_mask = left_pad([prompts[i][0] for i in order], P, pad_id, device)
+        rows = [prompts[i][1] for i in order]
+        uniforms = torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine].to(device)
+        with torch.no_grad():
+            if sampler is not policy:
+                torch._foreach_copy_(list(sampler.parameters()), list(policy.parameters()))
+        responses = generate(
+            sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, forbidden, step, cache
+        )
+        mask = response_mask(responses, stop_ids)
+        input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
+        rolled_out = clock(device)
+
+        # 2. score
+        parts = []
+        for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
+            with torch.no_grad(), autocast(device, args.precision):
+                logprobs, entropy, values = train_model(ids, attention, R, args.temperature, forbidden)
+                ref_logits = response_logits(reference, ids, attention, R, forbidden)
+                ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
+                scores = last_token_scores(reward_model, ids, attention) if reward_model else torch.zeros(len(ids))
+            parts.append((logprobs, entropy, values, ref_logprobs, scores.to(device)))
+        logprobs, entropy, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
+        texts = [
+            tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
+        ]
+        if reward_fn:
+            scores = call_reward_fn(reward_fn, rows, texts, device)
+        if monitor_fn:
+            means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
+        has_eos = (torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask).any(1)
+        if args.missing_eos_score is not None:
+            scores = torch.where(has_eos, scores, args.missing_eos_score)
+        kl_coef = controller.kl_coef
+        rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+        scored = clock(device)
+
+        # 3. advantages
+        advantages, returns = compute_gae(rewards, values, mask, args.gamma, args.lam)
+        advantages = whiten(advantages, mask)
+
+        # 4. update: every rank holds the global batch and takes its share of each minibatch
+        batch = [input_ids, attention_mask, mask, logprobs, values, advantages, returns]
+        batch = [all_gather(x) for x in batch]
+        lr = args.lr * (1 - (update - 1) / num_updates)
+        optimizer.param_groups[0]["lr"] = lr
+        for epoch in range(args.num_epochs):
+            shuffled = torch.randperm(args.batch_size, generator=seeded(args.seed, "minibatches", update, epoch))
+            for minibatch in shuffled.to(device).chunk(args.num_minibatches):
+                num_tokens = batch[2][minibatch].sum()  # of all ranks
+                micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
+                for k, index in enumerate(micro_batches, start=1):
+                    ids, attention, real, old_logprobs, old_values, adv, ret = (x[index] for x in batch)
+                    with sync_only_if(k == len(micro_batches), train_model), autocast(device, args.precision):
+                        new_logprobs, new_entropy, new_values = train_model(
+                            ids, attention, R, args.temperature, forbidden
+                        )
+                        # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
+                        new_logprobs = torch.where(real, new_logprobs, 0.0)
+                        old_logprobs = torch.where(real, old_logprobs, 0.0)
+                        pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, old_logprobs, adv, args.cliprange)
+                        vf_loss, vf_clipped = value_loss(new_values, old_values, ret, args.cliprange_value)
+                        loss_sum = torch.where(real, pg_loss + args.vf_coef * vf_loss, 0.0).sum()
+                        (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
+                    means.add("loss/policy_avg", pg_loss, real)
+                    means.add("loss/value_avg", vf_loss, real)
+                    means.add("policy/approxkl_avg", 0.5 * (new_logprobs - old_logprobs) ** 2, real)
+                    means.add("policy/clipfrac_avg", pg_clipped, real)
+                    means.add("policy/entropy_avg", new_entropy, real)
+                    means.add("val/clipfrac_avg", vf_clipped, real)
+                    means.add("val/ratio", ratio, real)
+                grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                means.add("optim/grad_norm", grad_norm)
+        updated = clock(device)
+
+        # log
+        kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
+        means.add("objective/kl", kl)
+        means.add("objective/entropy", -torch.where(mask, logprobs, 0.0).sum(1))
+        means.add("objective/scores", scores)
+        means.add("objective/non_score_reward", -kl_coef * kl)
+        means.add("objective/rlhf_reward", scores - kl_coef * kl)
+        means.add("val/sequence_lengths", mask.sum(1))
+        means.add("val/has_eos", has_eos)
+        unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns))
+        means.add("val/explained_var", 1 - unexplained / variance)
+        metrics = means.reduce()
+        if args.target_kl_nats:
+            controller.update(metrics["objective/kl"], args.batch_size)
+        times = {"time/rollout": rolled_out - started, "time/score": scored - rolled_out, "time/update": updated - scored}
+        metrics |= {**times, "eps": args.batch_size / (updated - started), "kl_coef": kl_coef, "lr": lr}
+        metrics["episode"] = update * args.batch_size
+        is_last = update == num_updates
+        if update % args.log_every == 0 or is_last:
+            shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/entropy_avg"]
+            monitors = [name for name in metrics if name.startswith("monitor/")]
+            run.log(update, metrics, show=[*shown, "policy/approxkl_avg", "policy/clipfrac_avg", "eps", *monitors])
+        if ranks.is_main and (update % args.sample_every == 0 or is_last or update == 1):
+            samples = zip([row["prompt"] for row in rows], texts, scores.tolist(), kl.tolist())
+            samples = [dict(zip(("query", "response", "score", "kl"), sample)) for sample in samples][:16]
+            run.save_samples(update, samples)
+            show_samples(samples[:4])
+        if args.save_every and update % args.save_every == 0:
+            state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)
+
+    if ranks.is_main:
+        save_pretrained(run.folder / "critic", critic, tokenizer)
+        save_pretrained(run.folder / "model", policy, tokenizer)
+        print(f"\nmean score    {metrics['objective/scores']:.4f} at a KL of {metrics['objective/kl']:.2f} nats a response")
+        print(f"model folder  {run.folder / 'model'}")
+        print(f"next          python benchmarks/evaluate.py --model {run.folder / 'model'} --ref_model {args.model}")
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, use_underscores=True))
