@@ -31,39 +31,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    StaticCache,
-)
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import GenerationConfig, StaticCache
 
-from utils import (
-    Means,
-    Run,
-    UserError,
-    all_gather,
-    autocast,
-    check_divides,
-    check_run_folder,
-    clock,
-    init_ranks,
-    launch,
-    load_function,
-    load_pretrained,
-    load_rows,
-    masked_mean,
-    newest_run,
-    progress,
-    resumed,
-    save_pretrained,
-    say,
-    seeded,
-    sync_only_if,
-    whiten,
-    wrap,
-)
+from utils import Means, Run, UserError, all_gather, autocast, check_divides, clock, init_ranks, launch
+from utils import load_function, load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
+from utils import save_pretrained, seeded, sync_only_if, whiten, wrap
 
 
 @dataclass
@@ -346,6 +320,13 @@ def value_loss(new_values, values, returns, cliprange_value):
     return torch.maximum(plain, bounded), bounded > plain
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over real tokens of all ranks: 1 is a perfect critic, 0 a constant one."""
+    errors = torch.where(mask, returns - values, 0.0)
+    unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (errors, returns))
+    return 1 - unexplained / variance.clamp(min=1e-8)
+
+
 class AdaptiveKLController:
     """Moves kl_coef until the KL of a response meets a target (Ziegler et al. 2019, section 2.2)."""
 
@@ -402,7 +383,9 @@ def encode_prompts(rows, tokenizer, query_length, path):
         raise UserError(f"{path}: row {[not ids for ids, _ in encoded].index(True) + 1} has an empty prompt")
     kept = [pair for pair in encoded if len(pair[0]) <= query_length]
     if len(kept) < len(encoded):
-        say(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than {query_length} tokens")
+        print(
+            f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than {query_length} tokens"
+        )
     if not kept:
         raise UserError(f"{path}: no prompt is left; every one is longer than --query_length {query_length}")
     return kept
@@ -436,21 +419,41 @@ def call_reward_fn(function, rows, responses, device):
     return torch.tensor(scores, dtype=torch.float32, device=device)
 
 
+def show_samples(rows):
+    """A small table of sampled responses, for the eye."""
+    tqdm.write(f"{'score':>9} {'kl':>7}  query | response")
+    for row in rows:
+        query, response = (" ".join(str(row[key]).split()) for key in ("query", "response"))
+        tqdm.write(f"{row['score']:9.3f} {row['kl']:7.2f}  {query[-60:]} | {response[:90]}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def show_samples(rows):
-    """A small table of sampled responses, for the eye."""
-    say(f"{'score':>9} {'kl':>7}  prompt | response")
-    for row in rows:
-        texts = [" ".join(str(row[key]).split()) for key in ("query", "response")]
-        say(f"{row['score']:9.3f} {row['kl']:7.2f}  {texts[0][-60:]} | {texts[1][:90]}")
+def load_models(args, tokenizer, device):
+    """(policy, reference, critic, reward_model). Reference and reward model are frozen; the critic starts as the reward
+    model, or, where a function gives the scores, as the policy's trunk with a head of zeros."""
+    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    critic, headless = load_pretrained(
+        AutoModelForSequenceClassification, args.reward_model or args.model, ["score.weight"], num_labels=1
+    )
+    if args.reward_model and headless:
+        raise UserError(f"--reward_model {args.reward_model}: not a reward model: it lacks the weights {headless[0]}")
+    if headless:
+        torch.nn.init.zeros_(critic.score.weight)
+    for model in (policy, critic):
+        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    policy.generation_config = GenerationConfig.from_model_config(policy.config)
+    policy, critic = policy.to(device), critic.to(device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    return policy, reference, critic, copy.deepcopy(critic).requires_grad_(False) if args.reward_model else None
 
 
 def main(args):
     # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = resumed(args)
-    check_run_folder(args)
+    args = prepare(args)
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
     if args.reward_model and args.reward_fn:
@@ -465,25 +468,11 @@ def main(args):
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
 
     ranks = init_ranks()
-    device, R = ranks.device, args.response_length
+    device = ranks.device
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
-    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    policy.generation_config = GenerationConfig.from_model_config(policy.config)
-    reference = copy.deepcopy(policy).requires_grad_(False).to(device)
-    critic, headless = load_pretrained(
-        AutoModelForSequenceClassification, args.reward_model or args.model, ["score.weight"], num_labels=1
-    )
-    if args.reward_model and headless:
-        raise UserError(f"--reward_model {args.reward_model}: not a reward model: it lacks the weights {headless[0]}")
-    reward_model = copy.deepcopy(critic).requires_grad_(False).to(device) if args.reward_model else None
-    if headless:  # the critic of a reward function: all values start at 0
-        torch.nn.init.zeros_(critic.score.weight)
-        critic.config.pad_token_id = tokenizer.pad_token_id
-    actor_critic = ActorCritic(policy, critic).to(device)
+    policy, reference, critic, reward_model = load_models(args, tokenizer, device)
+    actor_critic = ActorCritic(policy, critic)
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     # In bf16, sampling reads one bf16 copy whose storage never moves; in fp32 the policy itself.
@@ -492,14 +481,14 @@ def main(args):
     if args.compile:
         step = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    stop_ids, pad_id = [tokenizer.eos_token_id], tokenizer.pad_token_id
+    B, R = args.batch_size // ranks.world_size, args.response_length
+    mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
+    P = max(len(ids) for ids, _ in prompts)
+    cache = StaticCache(config=policy.config, max_cache_len=P + R)
+    stop_ids, pad_id = torch.tensor([tokenizer.eos_token_id], device=device), tokenizer.pad_token_id
     forbidden = torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)  # rows that no token has
     forbidden[pad_id] |= pad_id not in stop_ids
-    P = max(len(ids) for ids, _ in prompts)
-    B = args.batch_size // ranks.world_size
-    cache = StaticCache(config=policy.config, max_cache_len=P + R)
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
-
     num_updates = args.total_episodes // args.batch_size
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
     if args.resume:
@@ -508,41 +497,34 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         done, controller.kl_coef = state["step"], state["kl_coef"]
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):
+        # 1. rollout: prompts and uniforms of the global batch do not depend on the number of ranks
         started = clock(device)
-        # 1. rollout: the global block of prompts and of uniforms is the same for any number of ranks
-        mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
         order = prompt_order(len(prompts), (update - 1) * args.batch_size, args.batch_size, args.seed)[mine]
         queries, query_mask = left_pad([prompts[i][0] for i in order], P, pad_id, device)
-        rows = [prompts[i][1] for i in order]
         uniforms = torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine].to(device)
-        with torch.no_grad():
-            if sampler is not policy:
-                torch._foreach_copy_(list(sampler.parameters()), list(policy.parameters()))
+        if sampler is not policy:
+            torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in policy.parameters()])
         responses = generate(
             sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, forbidden, step, cache
         )
         mask = response_mask(responses, stop_ids)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-        rolled_out = clock(device)
 
         # 2. score
-        parts = []
+        rolled_out, parts = clock(device), []
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
             with torch.no_grad(), autocast(device, args.precision):
-                logprobs, entropy, values = train_model(ids, attention, R, args.temperature, forbidden)
+                logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
                 ref_logits = response_logits(reference, ids, attention, R, forbidden)
                 ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
-                scores = last_token_scores(reward_model, ids, attention) if reward_model else torch.zeros(len(ids))
-            parts.append((logprobs, entropy, values, ref_logprobs, scores.to(device)))
-        logprobs, entropy, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
-        texts = [
-            tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
-        ]
+                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]
+            parts.append((logprobs, values, ref_logprobs, scores))
+        logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
+        rows = [prompts[i][1] for i in order]
+        texts = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses, mask)]
         if reward_fn:
             scores = call_reward_fn(reward_fn, rows, texts, device)
-        if monitor_fn:
-            means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
-        has_eos = (torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask).any(1)
+        has_eos = (torch.isin(responses, stop_ids) & mask).any(1)
         if args.missing_eos_score is not None:
             scores = torch.where(has_eos, scores, args.missing_eos_score)
         kl_coef = controller.kl_coef
@@ -554,8 +536,7 @@ def main(args):
         advantages = whiten(advantages, mask)
 
         # 4. update: every rank holds the global batch and takes its share of each minibatch
-        batch = [input_ids, attention_mask, mask, logprobs, values, advantages, returns]
-        batch = [all_gather(x) for x in batch]
+        batch = [all_gather(x) for x in (input_ids, attention_mask, mask, logprobs, values, advantages, returns)]
         lr = args.lr * (1 - (update - 1) / num_updates)
         optimizer.param_groups[0]["lr"] = lr
         for epoch in range(args.num_epochs):
@@ -566,12 +547,9 @@ def main(args):
                 for k, index in enumerate(micro_batches, start=1):
                     ids, attention, real, old_logprobs, old_values, adv, ret = (x[index] for x in batch)
                     with sync_only_if(k == len(micro_batches), train_model), autocast(device, args.precision):
-                        new_logprobs, new_entropy, new_values = train_model(
-                            ids, attention, R, args.temperature, forbidden
-                        )
+                        new_logprobs, entropy, new_values = train_model(ids, attention, R, args.temperature, forbidden)
                         # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
-                        new_logprobs = torch.where(real, new_logprobs, 0.0)
-                        old_logprobs = torch.where(real, old_logprobs, 0.0)
+                        new_logprobs, old_logprobs = (torch.where(real, x, 0.0) for x in (new_logprobs, old_logprobs))
                         pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, old_logprobs, adv, args.cliprange)
                         vf_loss, vf_clipped = value_loss(new_values, old_values, ret, args.cliprange_value)
                         loss_sum = torch.where(real, pg_loss + args.vf_coef * vf_loss, 0.0).sum()
@@ -580,13 +558,13 @@ def main(args):
                     means.add("loss/value_avg", vf_loss, real)
                     means.add("policy/approxkl_avg", 0.5 * (new_logprobs - old_logprobs) ** 2, real)
                     means.add("policy/clipfrac_avg", pg_clipped, real)
-                    means.add("policy/entropy_avg", new_entropy, real)
+                    means.add("policy/entropy_avg", entropy, real)
                     means.add("val/clipfrac_avg", vf_clipped, real)
                     means.add("val/ratio", ratio, real)
                 grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
+                means.add("optim/grad_norm", grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-                means.add("optim/grad_norm", grad_norm)
         updated = clock(device)
 
         # log
@@ -598,32 +576,32 @@ def main(args):
         means.add("objective/rlhf_reward", scores - kl_coef * kl)
         means.add("val/sequence_lengths", mask.sum(1))
         means.add("val/has_eos", has_eos)
-        unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns))
-        means.add("val/explained_var", 1 - unexplained / variance)
-        metrics = means.reduce()
+        means.add("val/explained_var", explained_variance(values, returns, mask))
+        if monitor_fn:
+            means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
+        metrics = means.reduce() | {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
+        metrics |= {"time/rollout": rolled_out - started, "time/score": scored - rolled_out}
+        metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
-        times = {"time/rollout": rolled_out - started, "time/score": scored - rolled_out, "time/update": updated - scored}
-        metrics |= {**times, "eps": args.batch_size / (updated - started), "kl_coef": kl_coef, "lr": lr}
-        metrics["episode"] = update * args.batch_size
         is_last = update == num_updates
         if update % args.log_every == 0 or is_last:
-            shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/entropy_avg"]
-            monitors = [name for name in metrics if name.startswith("monitor/")]
-            run.log(update, metrics, show=[*shown, "policy/approxkl_avg", "policy/clipfrac_avg", "eps", *monitors])
-        if ranks.is_main and (update % args.sample_every == 0 or is_last or update == 1):
+            shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/approxkl_avg"]
+            monitors = [key for key in metrics if key.startswith("monitor/")]
+            run.log(update, metrics, show=[*shown, "policy/clipfrac_avg", "eps", *monitors])
+        if ranks.rank == 0 and (update % args.sample_every == 0 or is_last or update == 1):
             samples = zip([row["prompt"] for row in rows], texts, scores.tolist(), kl.tolist())
             samples = [dict(zip(("query", "response", "score", "kl"), sample)) for sample in samples][:16]
-            run.save_samples(update, samples)
+            run.append("samples.jsonl", [{"step": update, **sample} for sample in samples])
             show_samples(samples[:4])
         if args.save_every and update % args.save_every == 0:
             state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)
 
-    if ranks.is_main:
+    if ranks.rank == 0:
         save_pretrained(run.folder / "critic", critic, tokenizer)
         save_pretrained(run.folder / "model", policy, tokenizer)
-        print(f"\nmean score    {metrics['objective/scores']:.4f} at a KL of {metrics['objective/kl']:.2f} nats a response")
+        print(f"\nmean score    {metrics['objective/scores']:.4f} at a KL of {metrics['objective/kl']:.2f} nats")
         print(f"model folder  {run.folder / 'model'}")
         print(f"next          python benchmarks/evaluate.py --model {run.folder / 'model'} --ref_model {args.model}")
 

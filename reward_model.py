@@ -26,26 +26,8 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import (
-    Means,
-    Run,
-    UserError,
-    autocast,
-    check_divides,
-    check_run_folder,
-    init_ranks,
-    launch,
-    load_pretrained,
-    load_rows,
-    newest_run,
-    progress,
-    resumed,
-    save_pretrained,
-    say,
-    seeded,
-    sync_only_if,
-    wrap,
-)
+from utils import Means, Run, UserError, autocast, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import newest_run, prepare, progress, save_pretrained, seeded, sync_only_if, wrap
 
 
 @dataclass
@@ -204,7 +186,7 @@ def encode_pair(tokenizer, prompt, response):
     return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
 
 
-def encode_rows(rows, tokenizer, args, path):
+def encode_comparisons(rows, tokenizer, args, path):
     """[(chosen_ids, rejected_ids, margin)] of the rows that fit; margin is 0 where there is none."""
     has_margin = args.use_margin and "margin" in rows.column_names
     encoded = []
@@ -213,7 +195,9 @@ def encode_rows(rows, tokenizer, args, path):
         encoded.append((*sides, float(row["margin"]) if has_margin else 0.0))
     kept = [pair for pair in encoded if max(len(pair[0]), len(pair[1])) <= args.max_length]
     if len(kept) < len(encoded):
-        say(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs longer than {args.max_length} tokens")
+        print(
+            f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs longer than {args.max_length} tokens"
+        )
     if not kept:
         raise UserError(f"{path}: no pair is left; every one is longer than --max_length {args.max_length}")
     return kept
@@ -251,7 +235,7 @@ def pair_scores(model, pairs, pad_id, size, device):
 
 
 @torch.no_grad()
-def evaluate(scorer, pairs, args, pad_id, ranks):
+def held_out_accuracy(scorer, pairs, args, pad_id, ranks):
     """Held-out {loss, accuracy}: the loss without margin; accuracy counts a tie as half."""
     means, size = Means(), args.micro_batch_size
     for part in micro_batches(pairs, lambda pair: max(len(pair[0]), len(pair[1])), ranks, size):
@@ -275,14 +259,13 @@ def mean_score(scorer, sequences, args, pad_id, ranks):
 
 def main(args):
     # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = resumed(args)
-    check_run_folder(args)
+    args = prepare(args)
     args.model = args.model or newest_run("sft")
     tokenizer = load_tokenizer(args.model)
-    rows = encode_rows(load_rows(args.dataset, [("chosen", "rejected")]), tokenizer, args, args.dataset)
+    rows = encode_comparisons(load_rows(args.dataset, [("chosen", "rejected")]), tokenizer, args, args.dataset)
     if args.eval_dataset:
         eval_rows = load_rows(args.eval_dataset, [("chosen", "rejected")])
-        eval_rows = encode_rows(eval_rows, tokenizer, args, args.eval_dataset)
+        eval_rows = encode_comparisons(eval_rows, tokenizer, args, args.eval_dataset)
     else:
         order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
         held_out = len(rows) // 20
@@ -347,7 +330,7 @@ def main(args):
         if step % args.log_every == 0 or evaluates or is_last:
             metrics = {**means.reduce(), "train/rm/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if evaluates:
-                metrics |= evaluate(scorer, eval_rows, args, tokenizer.pad_token_id, ranks)
+                metrics |= held_out_accuracy(scorer, eval_rows, args, tokenizer.pad_token_id, ranks)
             shown = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "eval/rm/loss", "eval/rm/accuracy"]
             run.log(step, metrics, show=["epoch", *shown, "train/rm/lr"])
         if args.save_every and step % args.save_every == 0:
@@ -355,7 +338,7 @@ def main(args):
 
     if demonstrations:  # centre
         model.config.score_mean = mean_score(scorer, demonstrations, args, tokenizer.pad_token_id, ranks)
-    if ranks.is_main:
+    if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
         print(f"\nheld-out accuracy {metrics.get('eval/rm/accuracy', float('nan')):.4f}")
         print(f"score_mean        {model.config.score_mean:.4f} ({args.demonstrations or 'not centred'})")

@@ -21,25 +21,8 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import (
-    Means,
-    Run,
-    UserError,
-    autocast,
-    check_divides,
-    check_run_folder,
-    init_ranks,
-    launch,
-    load_pretrained,
-    load_rows,
-    progress,
-    resumed,
-    save_pretrained,
-    say,
-    seeded,
-    sync_only_if,
-    wrap,
-)
+from utils import Means, Run, UserError, autocast, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import prepare, progress, save_pretrained, seeded, sync_only_if, wrap
 
 
 @dataclass
@@ -149,7 +132,7 @@ def encode_response(tokenizer, prompt, response):
     return ids + [tokenizer.eos_token_id]
 
 
-def encode_rows(rows, tokenizer, max_length, path):
+def encode_demonstrations(rows, tokenizer, max_length, path):
     """[(input_ids, labels)] of the rows that fit, as lists. Labels are the ids themselves, -100 on prompt tokens."""
     encoded = []
     for row in rows:
@@ -163,13 +146,13 @@ def encode_rows(rows, tokenizer, max_length, path):
             encoded.append((query + response, [-100] * len(query) + response))
     kept = [pair for pair in encoded if len(pair[0]) <= max_length]
     if len(kept) < len(encoded):
-        say(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} rows longer than {max_length} tokens")
+        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} rows longer than {max_length} tokens")
     if not kept:
         raise UserError(f"{path}: no row is left; every one is longer than --max_length {max_length}")
     return kept
 
 
-def collate(rows, pad_id, num_rows, device):
+def collate_labelled(rows, pad_id, num_rows, device):
     """(input_ids, labels, attention_mask), each (B,T), right padded to a multiple of 8 tokens and to `num_rows` rows.
 
     Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a rank that has
@@ -199,25 +182,26 @@ def forward(model, input_ids, attention_mask):
 
 
 @torch.no_grad()
-def evaluate(model, rows, args, pad_id, ranks):
+def held_out_loss(model, rows, args, pad_id, ranks):
     """Mean loss per completion token, in nats, over all rows and ranks."""
     means = Means()
     for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
-        input_ids, labels, attention_mask = collate(part, pad_id, args.micro_batch_size, ranks.device)
+        input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
         with autocast(ranks.device, args.precision):
-            means.add_sum("loss", *token_loss(forward(model, input_ids, attention_mask), labels))
+            means.add_pair("loss", torch.stack(token_loss(forward(model, input_ids, attention_mask), labels)))
     return means.reduce()["loss"]
 
 
 def main(args):
     # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = resumed(args)
-    check_run_folder(args)
+    args = prepare(args)
     tokenizer = load_tokenizer(args.model)
     columns = [("prompt", "completion"), ("text",), ("messages",)]
-    rows = encode_rows(load_rows(args.dataset, columns), tokenizer, args.max_length, args.dataset)
+    rows = encode_demonstrations(load_rows(args.dataset, columns), tokenizer, args.max_length, args.dataset)
     if args.eval_dataset:
-        eval_rows = encode_rows(load_rows(args.eval_dataset, columns), tokenizer, args.max_length, args.eval_dataset)
+        eval_rows = encode_demonstrations(
+            load_rows(args.eval_dataset, columns), tokenizer, args.max_length, args.eval_dataset
+        )
     else:
         order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
         held_out = len(rows) // 20
@@ -253,11 +237,11 @@ def main(args):
         # 2. loss
         parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
         for k, part in enumerate(parts, start=1):
-            input_ids, labels, attention_mask = collate(part, tokenizer.pad_token_id, size, ranks.device)
+            input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
             with sync_only_if(k == len(parts), train_model), autocast(ranks.device, args.precision):
                 loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
                 (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
-            means.add_sum("train/sft/loss", loss_sum, token_count)
+            means.add_pair("train/sft/loss", torch.stack([loss_sum, token_count]))
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)
@@ -271,12 +255,12 @@ def main(args):
         if step % args.log_every == 0 or evaluates or is_last:
             metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if evaluates:
-                metrics["eval/sft/loss"] = evaluate(model, eval_rows, args, tokenizer.pad_token_id, ranks)
+                metrics["eval/sft/loss"] = held_out_loss(model, eval_rows, args, tokenizer.pad_token_id, ranks)
             run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
         if args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
 
-    if ranks.is_main:
+    if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
         print(f"\nheld-out loss {metrics.get('eval/sft/loss', float('nan')):.4f} nats per completion token")
         print(f"model folder  {run.folder / 'model'}")

@@ -242,14 +242,18 @@ def broken_copy(rng, graph, walk):
 
 
 def jump_walk(rng, graph, start):
-    """0 to 4 valid steps, then an edge that does not exist: straight to the goal, or to a node with a real way home."""
-    walk = guided_walk(rng, graph, start, rng.rand(), max_nodes=rng.randint(1, 6))
-    if walk[-1] == GOAL:
-        return None
-    target = GOAL if rng.rand() < 0.5 else rng.randint(len(LETTERS))
-    if graph.adjacency[walk[-1], target]:
-        return None
-    return walk + guided_walk(rng, graph, target, 1.0)
+    """0 to 3 valid steps, an edge that does not exist (now and then two), and from there a real shortest path home.
+
+    The edge leads to the goal, to a node that is no farther from it (so the walk looks as good as any), or anywhere.
+    """
+    walk = guided_walk(rng, graph, start, rng.rand(), max_nodes=rng.randint(1, 5))
+    for _ in range(2 if rng.rand() < 0.2 else 1):
+        near = np.nonzero(graph.shortest <= graph.shortest[walk[-1]])[0].tolist()
+        target = pick(rng, pick(rng, [[GOAL], near, range(len(LETTERS))], [0.25, 0.5, 0.25]))
+        if walk[-1] == GOAL or graph.adjacency[walk[-1], target]:
+            return None
+        walk.append(target)
+    return walk + guided_walk(rng, graph, walk[-1], 1.0)[1:]
 
 
 def missing_walk(rng, graph, start):
@@ -298,15 +302,17 @@ def failing_walk(rng, graph, start):
 # preference pairs
 
 # A policy that maximises a learned reward finds whatever the reward model never saw, so the pairs must cover every way
-# to be wrong, not only the mistakes that random walks make. "good" arrives in fewer than 10 nodes.
+# to be wrong, not only the mistakes that random walks make. The cheapest exploit is a short walk with one invented edge,
+# so those are the largest part. "good" arrives in fewer than 10 nodes. Letters after the arrival occur on the rejected
+# side only: they cost nothing in the reward, but a reward model that had to look past them would see less of the walk.
 PAIR_KINDS = {
-    "walks": 0.10,  # two valid walks of any skill: the plain comparison
-    "length": 0.25,  # two good walks of different length, in half the draws at most 2 nodes apart
-    "copy": 0.20,  # a good walk and its own copy with one broken edge (or end)
-    "jump": 0.20,  # a good walk and one that takes an invented edge, straight to the goal or nearer to it
-    "miss": 0.12,  # a good walk and one of real edges that misses: stops early, wanders, circles, comes too late
-    "noise": 0.08,  # a good walk and random letters
-    "tail": 0.05,  # letters after the arrival, on one side or both; the rest as in "length" or as in "jump" to "noise"
+    "walks": 0.08,  # two valid walks of any skill: the plain comparison
+    "length": 0.22,  # two good walks of different length, in half the draws at most 2 nodes apart
+    "copy": 0.15,  # a good walk and its own copy with one broken edge (or end)
+    "jump": 0.38,  # a good walk and one with an invented edge, straight to the goal or nearer to it
+    "miss": 0.10,  # a good walk and one of real edges that misses: stops early, wanders, circles, comes too late
+    "noise": 0.04,  # a good walk and random letters
+    "tail": 0.03,  # a good walk and one with letters after its arrival, longer than the first or broken before
 }
 MAX_TRIES = 50  # draws of one kind before another is drawn: from some starts a kind gives few different pairs, or none
 
@@ -328,19 +334,18 @@ def draw_pair(rng, graph, start, kind):
         second = (good_walk if rng.rand() < 0.5 else failing_walk)(rng, graph, start)
     else:
         second = {"jump": jump_walk, "miss": missing_walk, "noise": noise_walk}[kind](rng, graph, start)
-    if second is None or kind != "tail":
-        return None if second is None else (first, second)
-    sides = rng.randint(1, 4)  # 1: the first walk gets a tail, 2: the second, 3: both
-    first = with_tail(rng, first) if sides & 1 else first
-    return first, with_tail(rng, second) if sides & 2 else second
+    if second is not None and kind == "tail":
+        second = with_tail(rng, second)
+    return None if second is None else (first, second)
 
 
-def draw_preferences(rng, graph, starts, num_pairs, held_out=()):
+def draw_preferences(rng, graph, starts, num_pairs, held_out=None):
     """num_pairs rows {prompt, chosen, rejected}: starts in turn, kinds at random, no tie, no row of held_out.
 
-    A row may come more than once: from some starts there are few good walks, and their comparisons must not run out.
+    Without held_out the rows are held out themselves, and all different. Training rows may repeat: from some starts
+    there are few good walks, and their comparisons must not run out.
     """
-    held_out = {tuple(row.values()) for row in held_out}
+    taken = {tuple(row.values()) for row in held_out or ()}
     kinds, shares = list(PAIR_KINDS), list(PAIR_KINDS.values())
     rows, tries, kind = [], 0, None
     while len(rows) < num_pairs:
@@ -352,9 +357,12 @@ def draw_preferences(rng, graph, starts, num_pairs, held_out=()):
         scores = [optimality(graph.adjacency, walk, graph.shortest) for walk in walks]
         chosen, rejected = map(to_text, walks if scores[0] > scores[1] else walks[::-1])
         row = {"prompt": chosen[0], "chosen": chosen[1:], "rejected": rejected[1:]}
-        if scores[0] != scores[1] and tuple(row.values()) not in held_out:
-            rows.append(row)
-            tries = 0
+        if scores[0] == scores[1] or tuple(row.values()) in taken:
+            continue
+        if held_out is None:
+            taken.add(tuple(row.values()))
+        rows.append(row)
+        tries = 0
     # blocks of one start in turn would make every batch alike; a shuffle makes any prefix a fair sample
     return [rows[i] for i in rng.permutation(len(rows))]
 

@@ -247,7 +247,7 @@ def test_preferences_are_strict_and_splits_disjoint(data):
         counts = collections.Counter(prompts)
         assert len(counts) == 20 and max(counts.values()) - min(counts.values()) <= 1
     train, test = ({tuple(row.values()) for row in rows} for rows in splits)
-    assert not train & test
+    assert not train & test and len(test) == 200
 
 
 def test_preferences_hold_every_kind_from_every_start(data):
@@ -256,7 +256,7 @@ def test_preferences_hold_every_kind_from_every_start(data):
     broken, total = set(), collections.Counter()
     for row in read(data / "preferences.jsonl"):
         chosen, rejected = row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
-        assert fate(chosen) == "good"
+        assert fate(chosen) == "good" and chosen.index("a") == len(chosen) - 1  # a chosen walk stops where it arrives
         kinds = {fate(rejected)}
         if rejected[-1] == "a" and fate(rejected[:-1]) == "misses" and fate(rejected) == "broken":
             kinds.add("shortcut")  # real edges, then an invented one to the goal
@@ -264,7 +264,7 @@ def test_preferences_hold_every_kind_from_every_start(data):
             kinds.add("near tie")
         if row["rejected"] == "":
             kinds.add("empty")
-        if "a" in row["chosen"][:-1]:
+        if "a" in row["rejected"][:-1] and fate(rejected) == "good":
             kinds.add("tail")
         by_start[row["prompt"]].update(kinds)
         total.update(kinds)

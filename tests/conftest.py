@@ -1,0 +1,313 @@
+"""Tiny models built offline, the scripts as subprocesses, and a function on two connected ranks.
+
+Every folder here is what a stage of the pipeline would hand to the next: config, weights and tokenizer. The models are
+random but not small in their numbers (initial std 0.2), so that a wrong position or mask moves an output visibly.
+"""
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")  # read at import
+
+import contextlib
+import datetime
+import importlib
+import json
+import queue
+import re
+import socket
+import string
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer and models
+
+
+def build_tokenizer(pad_token="<pad>"):
+    """One token a character: '<pad>', '|' (both BOS and EOS, added by nobody but the scripts), a-z, space, U, A."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "|", *string.ascii_lowercase, " ", "U", "A"])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        bos_token="|",
+        eos_token="|",
+        pad_token=pad_token,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_config(kind, tokenizer, **options):
+    """A tiny GPT-2 (absolute positions) or Llama (rotary positions, two queries a key) with a config's usual dropout."""
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if kind == "gpt2":
+        return GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, **ids, **options)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **options}
+    return LlamaConfig(initializer_range=0.2, **sizes, **ids, **options)
+
+
+CLASSES = {
+    ("gpt2", "lm"): GPT2LMHeadModel,
+    ("gpt2", "rm"): GPT2ForSequenceClassification,
+    ("llama", "lm"): LlamaForCausalLM,
+    ("llama", "rm"): LlamaForSequenceClassification,
+}
+
+
+def build_folder(folder, kind, stage, tokenizer, seed, **options):
+    """Save a random model and its tokenizer; returns the folder's name as a string."""
+    torch.manual_seed(seed)
+    CLASSES[kind, stage](build_config(kind, tokenizer, **options)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Tables that the data set library caches go to a temporary folder, here and in every child process."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))  # read when the library is imported
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The character tokenizer that every model folder holds. Do not change it: it is shared."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory, tokenizer):
+    """A tiny GPT-2 language model with weights; its config asks for dropout 0.1 in all three places."""
+    return build_folder(tmp_path_factory.mktemp("models") / "gpt2", "gpt2", "lm", tokenizer, seed=1)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, tokenizer):
+    """A tiny Llama with weights: rotary positions, grouped queries, untied head, a float `attention_dropout` of 0.1."""
+    return build_folder(tmp_path_factory.mktemp("models") / "llama", "llama", "lm", tokenizer, seed=2)
+
+
+@pytest.fixture(scope="session")
+def gpt2_rm_folder(tmp_path_factory, tokenizer):
+    """A tiny GPT-2 reward model (num_labels=1) whose config says nothing about `score_mean`."""
+    return build_folder(tmp_path_factory.mktemp("models") / "gpt2_rm", "gpt2", "rm", tokenizer, seed=3, num_labels=1)
+
+
+@pytest.fixture(scope="session")
+def llama_rm_folder(tmp_path_factory, tokenizer):
+    """A tiny Llama reward model (num_labels=1) that is centred: its config holds score_mean = 0.75."""
+    folder = tmp_path_factory.mktemp("models") / "llama_rm"
+    return build_folder(folder, "llama", "rm", tokenizer, seed=4, num_labels=1, score_mean=0.75)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripts as a user runs them
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """`run_script("sft.py", ["--seed", 3], nproc=2)`: the completed process, text in .stdout and .stderr.
+
+    nproc=1 is `python script`, more is torchrun on this machine. The working directory is the repository unless `cwd`
+    says otherwise; keyword arguments beyond that are environment variables. A start costs seconds: use it sparingly.
+    """
+
+    def run(script, args=(), nproc=1, cwd=ROOT, timeout=120, **environment):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+        command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        return subprocess.run(
+            command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripts inside this process
+
+
+def write_jsonl(path, rows):
+    """One row a line; returns the path as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Plain gradient steps in the place of AdamW, whose first step would hide the size of a gradient; keeps them all."""
+
+    def __init__(self, parameters, lr, **options):
+        super().__init__(parameters, lr=lr)
+        self.history = []
+
+    def step(self):
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        self.history.append([gradient.clone().numpy() for gradient in gradients])
+        super().step()
+
+
+def gradients_of(rank, script, options):
+    """`main` of a script as it is, on two connected ranks or (rank None) alone.
+
+    Returns (gradients of each step and parameter before clipping, rows of each step on this rank). The options should
+    set max_grad_norm to 0, because clipping happens before the optimizer looks.
+    """
+    module = importlib.import_module(script)
+    optimizers, batches = [], []
+    ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
+
+    def optimizer(*args, **kwargs):
+        optimizers.append(RecordingSGD(*args, **kwargs))
+        return optimizers[-1]
+
+    def micro_batches(*args):
+        parts = original(*args)
+        batches.append([row for part in parts for row in part])
+        return parts
+
+    original = module.micro_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "init_ranks", lambda: ranks)
+        patch.setattr(module, "micro_batches", micro_batches)
+        patch.setattr(torch.optim, "AdamW", optimizer)
+        module.main(module.Args(**options))
+    return optimizers[0].history, batches
+
+
+def assert_same_gradients(ours, theirs, tolerance=1e-5):
+    """Step by step and tensor by tensor, relative to the tensor's norm."""
+    assert len(ours) == len(theirs)
+    for step, other_step in zip(ours, theirs, strict=True):
+        for gradient, other in zip(step, other_step, strict=True):
+            assert np.linalg.norm(gradient - other) <= tolerance * np.linalg.norm(other) + 1e-9
+
+
+def refuses(capsys, script, options, match):
+    """The script ends in exit code 1 and one line on stderr that matches; a new run folder is not there."""
+    module = importlib.import_module(script)
+    args = module.Args(**options)
+    existed = args.output_dir and Path(args.output_dir).exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        utils.launch(module.main, args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 1
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(match, lines[0]), lines
+    assert existed or not args.output_dir or not Path(args.output_dir).exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A function on two ranks
+
+
+def serve(rank, port, jobs, results):
+    """What each of the two processes does: join the group, then run the jobs that arrive."""
+    torch.set_num_threads(1)
+    options = {"init_method": f"tcp://127.0.0.1:{port}", "timeout": datetime.timedelta(seconds=40)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **options)
+    while (job := jobs.get()) is not None:
+        function, args = job
+        try:
+            with (
+                open(os.devnull, "w") as nowhere,
+                contextlib.redirect_stdout(nowhere),
+                contextlib.redirect_stderr(nowhere),
+            ):
+                result = function(rank, *args)
+            results.put((rank, result, None))
+        except BaseException:  # SystemExit too
+            results.put((rank, None, traceback.format_exc()))
+            raise
+    dist.destroy_process_group()
+
+
+class TwoRanks:
+    """Two processes in one gloo group, started at the first job and started again after a failed one."""
+
+    def __init__(self):
+        self.workers = None
+
+    def start(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = torch.multiprocessing.get_context("forkserver")  # imports once, forks twice
+        context.set_forkserver_preload(["conftest", "sft", "reward_model"])
+        self.jobs, self.results = [context.SimpleQueue() for _ in range(2)], context.Queue()
+        self.workers = [
+            context.Process(target=serve, args=(rank, port, self.jobs[rank], self.results), daemon=True)
+            for rank in (0, 1)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self):
+        if self.workers:
+            for worker in self.workers:
+                worker.terminate()
+                worker.join()
+        self.workers = None
+
+    def __call__(self, function, *args, timeout=60):
+        if self.workers is None:
+            self.start()
+        for jobs in self.jobs:
+            jobs.put((function, args))
+        answers = {}
+        while len(answers) < 2:
+            try:
+                rank, result, error = self.results.get(timeout=timeout)
+            except queue.Empty:
+                self.stop()
+                pytest.fail(f"no answer after {timeout} s; ranks that answered: {sorted(answers)}")
+            if error:
+                self.stop()
+                pytest.fail(f"on rank {rank}:\n{error}")
+            answers[rank] = result
+        return [answers[0], answers[1]]
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks():
+    """`on_two_ranks(function, *args)`: [function(0, *args), function(1, *args)], run in two connected processes.
+
+    The function must be a module's own (it is found by name), its arguments and results plain data or numpy arrays
+    (a tensor would travel through shared memory that its sender may close). A whole `main(args)` runs there too: the
+    scripts join the process group they find.
+    """
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,462 @@
+"""Masked statistics against numpy and against two ranks; data files, model folders and run folders, good and bad."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import utils
+
+ONE = utils.Ranks(0, 1, torch.device("cpu"))
+NAN = float("nan")
+
+
+@dataclass
+class Args:
+    """What utils asks of any script's arguments."""
+
+    model: str = "some/model"
+    seed: int = 1
+    lr: float = 1e-3
+    output_dir: str | None = None
+    resume: str | None = None
+    track: str = "none"
+    save_every: int = 0
+
+
+def sample(seed, shape, fraction=0.6):
+    """fp64 numbers that are not centred, a mask, and NaN wherever the mask is False."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 + 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < fraction
+    return torch.where(mask, x, NAN), mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masked statistics
+
+
+def test_masked_mean_is_the_mean_of_the_true_entries():
+    x, mask = sample(0, (5, 7))
+    mean = utils.masked_mean(x, mask)
+    assert mean.shape == () and mean.dtype == x.dtype
+    assert abs(mean.item() - x.numpy()[mask.numpy()].mean()) < 1e-12
+    assert abs(mean.item() - torch.nan_to_num(x).mean().item()) > 0.1  # padding as zeros would be another number
+
+
+def test_masked_mean_of_nothing_is_zero_and_carries_no_gradient():
+    x = torch.full((2, 3), NAN, requires_grad=True)
+    assert utils.masked_mean(x, torch.zeros(2, 3, dtype=torch.bool)).item() == 0
+    assert not utils.masked_mean(x, torch.ones(2, 3, dtype=torch.bool)).requires_grad
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_against_numpy(shift_mean):
+    x, mask = sample(1, (4, 9))
+    whitened = utils.whiten(x, mask, shift_mean=shift_mean)
+    valid = x.numpy()[mask.numpy()]
+    offset = 0 if shift_mean else valid.mean()
+    expected, sample_std = (valid - valid.mean()) / valid.std() + offset, valid.std(ddof=1)
+    assert np.abs(whitened.numpy()[mask.numpy()] - expected).max() < 1e-7
+    assert np.abs((valid - valid.mean()) / sample_std + offset - expected).max() > 1e-3  # the unbiased one is another
+    assert (whitened[~mask] == 0).all()
+
+
+def test_whiten_has_zero_mean_unit_variance_and_keeps_the_mean_when_asked():
+    x, mask = sample(2, (8, 8))
+    shifted, unshifted = utils.whiten(x, mask), utils.whiten(x, mask, shift_mean=False)
+    assert abs(shifted[mask].mean()) < 1e-12 and abs(shifted[mask].var(correction=0) - 1) < 1e-6
+    assert abs(unshifted[mask].mean() - x[mask].mean()) < 1e-12
+    assert abs(unshifted[mask].var(correction=0) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("num_valid", [0, 1])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_is_finite_for_no_and_one_valid_entry(num_valid, shift_mean):
+    x, mask = torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)
+    if num_valid:
+        x[1, 1], mask[1, 1] = 5.0, True
+    whitened = utils.whiten(x, mask, shift_mean=shift_mean)
+    assert whitened.isfinite().all() and (whitened[~mask] == 0).all()
+    assert whitened.dtype == torch.float32
+    if num_valid:
+        assert whitened[1, 1].item() == pytest.approx(0.0 if shift_mean else 5.0)
+
+
+def test_means_over_micro_batches_are_means_over_entries():
+    means = utils.Means()
+    means.add("a", torch.tensor([1.0, NAN]), torch.tensor([True, False]))
+    means.add("a", torch.tensor([4.0, 4.0, 4.0]))
+    means.add_pair("b", torch.tensor([6.0, 4.0]))
+    means.add("nothing", torch.tensor([NAN]), torch.tensor([False]))
+    assert means.reduce() == {"a": 13 / 4, "b": 1.5, "nothing": 0.0}  # a mean of means would give 2.5 for a
+    means.add("a", torch.tensor([7.0]))
+    assert means.reduce() == {"a": 7.0}  # reduce starts again
+
+
+def test_means_keep_no_graph():
+    means = utils.Means()
+    x = torch.ones(3, requires_grad=True)
+    means.add("a", x * 2)
+    means.add_pair("b", torch.stack([(x * 2).sum(), torch.tensor(3.0)]))
+    assert means.reduce() == {"a": 2.0, "b": 2.0}
+
+
+def test_seeded_depends_on_the_key_alone():
+    torch.manual_seed(0)
+    first = torch.rand(4, generator=utils.seeded(1, "order", 2))
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert torch.equal(first, torch.rand(4, generator=utils.seeded(1, "order", 2)))
+    for key in [(2, "order", 2), (1, "other", 2), (1, "order", 3), (1, "order"), ("1", "order", 2)]:
+        assert not torch.equal(first, torch.rand(4, generator=utils.seeded(*key)))
+
+
+# Two ranks hold unequal parts of one table: 4 + 4 rows of which rank 1 masks most.
+
+
+def table():
+    x, mask = sample(3, (8, 6))
+    mask[4:, 1:] = False
+    x[4:] += 10  # the ranks differ, so that statistics of one rank alone are far off
+    return x, mask
+
+
+def statistics_of_one_rank(rank):
+    x, mask = (part[4 * rank : 4 * rank + 4] for part in table())
+    means = utils.Means()
+    for row, row_mask in zip(x, mask, strict=True):
+        means.add("x", row, row_mask)
+    return {
+        "gathered": utils.all_gather(torch.arange(3) + 10 * rank).tolist(),
+        "summed": utils.all_sum(torch.tensor([1.0 + rank])).tolist(),
+        "mean": utils.masked_mean(x, mask).item(),
+        "none": utils.masked_mean(x, torch.zeros_like(mask)).item(),
+        "whitened": utils.whiten(x, mask).numpy(),
+        "scaled": utils.whiten(x, mask, shift_mean=False).numpy(),
+        "means": means.reduce()["x"],
+    }
+
+
+def test_statistics_of_two_ranks_are_those_of_the_pooled_table(on_two_ranks):
+    x, mask = table()
+    ranks = on_two_ranks(statistics_of_one_rank)
+    for rank in ranks:
+        assert rank["gathered"] == [0, 1, 2, 10, 11, 12] and rank["summed"] == [3.0] and rank["none"] == 0
+        assert abs(rank["mean"] - utils.masked_mean(x, mask).item()) < 1e-12
+        assert abs(rank["means"] - rank["mean"]) < 1e-12
+    for key, shift_mean in [("whitened", True), ("scaled", False)]:
+        pooled = utils.whiten(x, mask, shift_mean=shift_mean).numpy()
+        assert np.abs(np.concatenate([rank[key] for rank in ranks]) - pooled).max() < 1e-12
+    alone = utils.whiten(x[:4], mask[:4]).numpy()
+    assert np.abs(ranks[0]["whitened"] - alone).max() > 0.1  # whitening a rank by itself is something else
+
+
+def test_all_sum_leaves_its_input_alone():
+    x = torch.ones(2)
+    utils.all_sum(x)
+    assert x.tolist() == [1, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data files
+
+ROWS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "ba", "completion": "d"}]
+COLUMNS = [("prompt", "completion"), ("text",)]
+
+
+def write_rows(path, rows=ROWS):
+    """A file of the kind its suffix names."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_load_rows_reads_each_kind_of_file(tmp_path, suffix):
+    rows = utils.load_rows(write_rows(tmp_path / f"rows.{suffix}"), COLUMNS)
+    assert [dict(row) for row in rows] == ROWS
+
+
+def test_load_rows_reads_a_folder_in_the_order_of_its_names(tmp_path):
+    write_rows(tmp_path / "b.jsonl", ROWS[1:])
+    write_rows(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "README.md").write_text("not data")
+    assert [dict(row) for row in utils.load_rows(str(tmp_path), COLUMNS)] == ROWS
+
+
+def refused(match, function, *args, **options):
+    """The function ends in a UserError of one line that matches."""
+    with pytest.raises(utils.UserError, match=match) as caught:
+        function(*args, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_load_rows_says_what_is_wrong(tmp_path):
+    refused("nowhere.jsonl: no such file", utils.load_rows, str(tmp_path / "nowhere.jsonl"), COLUMNS)
+    refused("nowhere: no such file", utils.load_rows, str(tmp_path / "nowhere"), COLUMNS)
+    refused(r"rows.jsonl: no such file", utils.load_rows, "rows.jsonl", COLUMNS)
+    other = write_rows(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}])
+    refused(r"other.jsonl: .*prompt\+completion or text; it has question, answer", utils.load_rows, other, COLUMNS)
+    for content in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        refused("empty.jsonl: .*empty", utils.load_rows, str(tmp_path / "empty.jsonl"), COLUMNS)
+    empty = write_rows(tmp_path / "empty.json", [])
+    refused("empty.json: .*", utils.load_rows, empty, COLUMNS)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n')
+    refused("broken.jsonl: cannot be read", utils.load_rows, str(tmp_path / "broken.jsonl"), COLUMNS)
+    (tmp_path / "notes.txt").write_text("text")
+    refused("notes.txt: ", utils.load_rows, str(tmp_path / "notes.txt"), COLUMNS)
+
+
+def test_load_rows_refuses_a_folder_of_nothing(tmp_path):
+    refused(".json, .jsonl or .parquet", utils.load_rows, str(tmp_path), COLUMNS)
+
+
+def test_load_rows_leaves_no_file_of_a_folder_unread(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ROWS[:1])
+    write_rows(tmp_path / "b.parquet", ROWS[1:])
+    refused(
+        str(tmp_path), utils.load_rows, str(tmp_path), COLUMNS
+    )  # one table of two kinds is not what the library reads
+
+
+def test_load_rows_wants_one_whole_group_of_columns(tmp_path):
+    half = write_rows(tmp_path / "half.jsonl", [{"prompt": "a"}])
+    refused("it has prompt", utils.load_rows, half, COLUMNS)
+    more = write_rows(tmp_path / "more.jsonl", [{"text": "a", "source": 3}])
+    assert utils.load_rows(more, COLUMNS)[0] == {"text": "a", "source": 3}
+
+
+def test_load_function_finds_a_function_and_names_what_is_missing(tmp_path):
+    path = tmp_path / "scores.py"
+    path.write_text("from dataclasses import dataclass\n\n@dataclass\nclass Score:\n    value: 'int' = 3\n\n")
+    with path.open("a") as file:
+        file.write("CONSTANT = 1\n\ndef score(prompts, responses):\n    return [Score().value] * len(responses)\n")
+    assert utils.load_function(f"{path}:score", "--reward_fn")(["a"], ["b"]) == [3]
+    refused("--reward_fn .*no function other", utils.load_function, f"{path}:other", "--reward_fn")
+    refused("--reward_fn .*no function CONSTANT", utils.load_function, f"{path}:CONSTANT", "--reward_fn")
+    refused("--reward_fn .*no such file", utils.load_function, f"{tmp_path}/nowhere.py:score", "--reward_fn")
+    refused("file.py:function", utils.load_function, str(path), "--reward_fn")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model folders
+
+
+def logits(model):
+    """Of one fixed row, in train mode: dropout would show."""
+    model.train()
+    with torch.no_grad():
+        return model(torch.tensor([[2, 3, 4, 5, 1]])).logits
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_load_pretrained_has_no_dropout_left(kind, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    model, missing = utils.load_pretrained(AutoModelForCausalLM, folder)
+    assert missing == [] and not model.training
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    rates = {name: value for name, value in vars(model.config).items() if "drop" in name and value is not None}
+    assert rates and all(value == 0 for value in rates.values() if isinstance(value, float))
+    assert torch.equal(logits(model), logits(model))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(logits(plain), logits(plain))  # the folder itself asks for dropout
+
+
+def test_load_pretrained_is_fp32_whatever_the_folder_holds(tmp_path, gpt2_folder):
+    AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert next(AutoModelForCausalLM.from_pretrained(tmp_path / "half").parameters()).dtype == torch.bfloat16
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path / "half"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "full")
+    assert next(AutoModelForCausalLM.from_pretrained(tmp_path / "full").parameters()).dtype == torch.float32
+
+
+def test_load_pretrained_starts_from_the_seed_where_there_are_no_weights(tmp_path, llama_folder, capsys):
+    AutoConfig.from_pretrained(llama_folder).save_pretrained(tmp_path)
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0].lm_head.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert "starting from random weights" in capsys.readouterr().out
+
+
+def test_load_pretrained_refuses_what_is_no_model_folder(tmp_path):
+    refused("not a model folder.*config.json", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+    refused("nowhere: not a model folder", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
+    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+
+
+def test_load_pretrained_refuses_a_damaged_file_of_weights(tmp_path, gpt2_folder):
+    AutoConfig.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
+    weights = (Path(gpt2_folder) / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+
+
+def test_load_pretrained_refuses_weights_of_other_shapes(tmp_path, gpt2_rm_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(
+        gpt2_rm_folder, num_labels=2, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path)
+    options = {"num_labels": 1}
+    refused(str(tmp_path), utils.load_pretrained, AutoModelForSequenceClassification, str(tmp_path), **options)
+
+
+def test_load_pretrained_refuses_missing_weights_unless_they_may_miss(gpt2_folder, llama_rm_folder):
+    auto_class = AutoModelForSequenceClassification
+    refused("lacks the weights score.weight", utils.load_pretrained, auto_class, gpt2_folder, num_labels=1)
+    _, missing = utils.load_pretrained(auto_class, gpt2_folder, ["score.weight"], num_labels=1)
+    assert missing == ["score.weight"]
+    refused("lacks the weights lm_head.weight", utils.load_pretrained, AutoModelForCausalLM, llama_rm_folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def metric_lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_arguments_metrics_and_complete_checkpoints(tmp_path):
+    args = Args(output_dir=str(tmp_path / "run"), lr=0.5)
+    utils.prepare(args)
+    run = utils.Run(args, ONE, "sft")
+    run.log(1, {"train/sft/loss": 2.0})
+    run.log(2, {"train/sft/loss": 1.0, "eval/sft/loss": 3.0}, show=["train/sft/loss", "eval/sft/loss", "absent"])
+    run.save_checkpoint(2, model={"w": torch.arange(3)})
+
+    record = json.loads((run.folder / "args.json").read_text())
+    assert record["args"]["lr"] == 0.5 and record["world_size"] == 1
+    assert {"argv", "commit", "dirty", "versions"} <= set(record)
+    assert {"torch", "transformers"} <= set(record["versions"])
+    assert metric_lines(run.folder)[1] == {"step": 2, "train/sft/loss": 1.0, "eval/sft/loss": 3.0}
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step_000002.pt"]
+
+
+def test_an_existing_run_folder_is_refused_and_left_alone(tmp_path):
+    args = Args(output_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("precious")
+    refused("--output_dir .*run: exists already", utils.prepare, args)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_only_rank_zero_writes(tmp_path):
+    args = Args(output_dir=str(tmp_path / "run"))
+    run = utils.Run(args, utils.Ranks(1, 2, torch.device("cpu")), "sft")
+    run.log(1, {"a": 1.0})
+    run.save_checkpoint(1, model={})
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_cuts_later_lines_and_takes_the_newest_complete_checkpoint(tmp_path):
+    args = Args(output_dir=str(tmp_path / "run"))
+    run = utils.Run(args, ONE, "sft")
+    for step in range(1, 16):
+        run.log(step, {"a": step / 2})
+        if step % 5 == 0:
+            run.save_checkpoint(step, model={"w": torch.tensor([step])})
+    (run.folder / "samples.jsonl").write_text('{"step": 9, "query": "a"}\n{"step": 11, "query": "b"}\n')
+    (run.folder / "checkpoints" / "step_000015.pt").rename(run.folder / "checkpoints" / "step_000015.pt.tmp")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "a"')  # the process died while it wrote
+    arguments = (run.folder / "args.json").read_text()
+
+    run = utils.Run(utils.prepare(Args(resume=str(run.folder))), ONE, "sft")
+    state = run.load_checkpoint()
+    assert state["step"] == 10 and state["model"]["w"].item() == 10
+    assert [line["step"] for line in metric_lines(run.folder)] == list(range(1, 11))
+    assert (run.folder / "samples.jsonl").read_text() == '{"step": 9, "query": "a"}\n'
+    assert (run.folder / "args.json").read_text() == arguments
+    run.log(11, {"a": 0.0})
+    assert [line["step"] for line in metric_lines(run.folder)] == list(range(1, 12))
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    utils.Run(Args(output_dir=str(tmp_path / "run")), ONE, "sft")
+    run = utils.Run(utils.prepare(Args(resume=str(tmp_path / "run"))), ONE, "sft")
+    refused("--resume .*no checkpoint.*--save_every", run.load_checkpoint)
+
+
+def test_resuming_takes_the_runs_own_arguments_and_refuses_others(tmp_path):
+    folder = str(tmp_path / "run")
+    utils.Run(Args(output_dir=folder, lr=0.5, seed=7), ONE, "sft")
+    assert utils.prepare(Args(lr=3.0)) == Args(lr=3.0)  # nothing to resume
+    args = utils.prepare(Args(resume=folder))
+    assert (args.lr, args.seed, args.output_dir, args.resume) == (0.5, 7, folder, folder)
+    assert utils.prepare(Args(resume=folder, lr=0.5)).lr == 0.5  # the same value may be repeated
+    refused("--lr .*differs", utils.prepare, Args(resume=folder, lr=0.25))
+    refused("--output_dir .*differs", utils.prepare, Args(resume=folder, output_dir=str(tmp_path / "other")))
+    refused("--resume .*nowhere.*args.json", utils.prepare, Args(resume=str(tmp_path / "nowhere")))
+
+
+def test_a_moved_run_can_be_resumed(tmp_path):
+    utils.Run(Args(output_dir=str(tmp_path / "run"), lr=0.5), ONE, "sft")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    args = utils.prepare(Args(resume=str(tmp_path / "moved")))
+    assert args.lr == 0.5 and args.output_dir == str(tmp_path / "moved")
+
+
+def test_newest_run_is_the_newest_finished_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(r"`python sft.py`", utils.newest_run, "sft")
+    for i, name in enumerate(["sft__1__300", "sft__2__200", "reward_model__1__400"]):
+        model = Path("runs") / name / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+        for path in (model / "config.json", model):
+            os.utime(path, (1000 + i, 1000 + i))
+    Path("runs/sft__3__500/checkpoints").mkdir(parents=True)  # unfinished
+    assert utils.newest_run("sft") == "runs/sft__2__200/model"
+    refused(r"`python ppo_rlhf.py`", utils.newest_run, "ppo_rlhf")
+
+
+def test_save_pretrained_shows_a_folder_when_it_is_complete(tmp_path, tokenizer):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        utils.save_pretrained(tmp_path / "model", tokenizer, Broken())
+    assert not (tmp_path / "model").exists()
+    utils.save_pretrained(tmp_path / "model", tokenizer)
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_launch_turns_a_user_error_into_one_line(capsys):
+    def main(args):
+        raise utils.UserError(f"{args}: wrong")
+
+    with pytest.raises(SystemExit) as caught:
+        utils.launch(main, "this")
+    assert caught.value.code == 1 and capsys.readouterr().err == "error: this: wrong\n"
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        utils.launch(lambda args: 1 / 0, None)
+
+
+def test_check_divides():
+    utils.check_divides(4, 8, "--batch_size by the number of ranks")
+    for divisor, number in [(3, 8), (0, 8), (2, 0)]:
+        with pytest.raises(utils.UserError, match=re.escape("--batch_size by the number of ranks")):
+            utils.check_divides(divisor, number, "--batch_size by the number of ranks")
