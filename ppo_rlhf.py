@@ -17,10 +17,9 @@ Shapes: B rows on this rank, P query length (left padded), R response length (ri
 Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, values[:, t] belongs to the state just
 before it, rewards[:, t] is paid for it. mask (B,R) is True for real response tokens, the EOS included.
 
-Deviations from the papers' code, each on purpose: the score is paid at EOS itself and the state behind it has value 0
-(Huang et al. pay it one slot later); old log-probabilities come from the training forward, not from the sampler;
-advantages are whitened over all ranks (the papers: on each rank); rewards are not whitened; the optimizer is plain
-AdamW with eps 1e-5 and no weight decay.
+Deviations from the papers' code: the score is paid at EOS itself and the state behind it has value 0 (Huang et al. pay
+it one slot later); old log-probabilities come from the training forward, not from the sampler; advantages are whitened
+over all ranks together; rewards are not whitened; the optimizer is plain AdamW with eps 1e-5 and no weight decay.
 """
 
 import copy
@@ -35,9 +34,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, StaticCache
 
-from utils import Means, Run, UserError, all_gather, autocast, check_divides, clock, init_ranks, launch
+from utils import Means, Run, UserError, all_gather, check_divides, clock, init_ranks, launch
 from utils import load_function, load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
-from utils import save_pretrained, seeded, sync_only_if, whiten, wrap
+from utils import save_pretrained, seeded, whiten, wrap
 
 
 @dataclass
@@ -45,8 +44,7 @@ class Args:
     model: str | None = None
     """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished run of sft.py"""
     reward_model: str | None = None
-    """scores responses, and is where the critic starts: a Hub name or a folder of reward_model.py; none, and no
-    --reward_fn: the newest finished run of reward_model.py"""
+    """scores responses, and is where the critic starts; none, and no --reward_fn: the newest run of reward_model.py"""
     reward_fn: str | None = None
     """path/to/file.py:function(prompts, responses, **columns) -> list of floats; the critic starts from --model"""
     monitor_fn: str | None = None
@@ -99,8 +97,6 @@ class Args:
     """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the training forward and the decoding step"""
-    log_every: int = 1
-    """updates between two lines of metrics"""
     sample_every: int = 10
     """updates between two tables of samples; the first and the last update always show one"""
     save_every: int = 0
@@ -184,6 +180,14 @@ class ActorCritic(torch.nn.Module):
 # Sampling
 
 
+def forbidden_ids(policy, tokenizer, stop_ids):
+    """(V,) bool: ids that no token has (padded embeddings) and the pad id, unless it ends a response. One mask for the
+    sampler, the policy and the reference, so that all three normalise over the same support."""
+    forbidden = torch.arange(policy.config.vocab_size, device=policy.device) >= len(tokenizer)
+    forbidden[tokenizer.pad_token_id] |= tokenizer.pad_token_id not in stop_ids
+    return forbidden
+
+
 def sample_tokens(logits, uniforms, temperature, forbidden=None):
     """One token id per row (B,) by inverse CDF: the first id whose cumulative probability exceeds u times the total.
 
@@ -198,19 +202,14 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
 
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
     """Feed one token per row (B,) to the model and sample the next one (B,)."""
-    logits = model(
-        tokens[:, None],
-        attention_mask=key_mask,
-        position_ids=position_ids[:, None],
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
+    inputs = {"attention_mask": key_mask, "position_ids": position_ids[:, None], "past_key_values": cache}
+    logits = model(tokens[:, None], **inputs, use_cache=True).logits
     return sample_tokens(logits[:, -1], uniforms, temperature, forbidden)
 
 
 @torch.no_grad()
 def generate(
-    model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, step=decode_step, cache=None
+    model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, step=None, cache=None
 ):
     """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache.
 
@@ -222,18 +221,12 @@ def generate(
     (B, P), R = queries.shape, uniforms.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
-    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
+    step, stop_ids = step or decode_step, torch.as_tensor(stop_ids, device=queries.device)
     responses = torch.full((B, R), pad_id, device=queries.device)
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
     position_ids = positions(query_mask)
-    logits = model(
-        queries.masked_fill(query_mask == 0, 0),
-        attention_mask=key_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
+    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache}
+    logits = model(queries.masked_fill(query_mask == 0, 0), **inputs, use_cache=True, logits_to_keep=1).logits
     tokens = sample_tokens(logits[:, -1], uniforms[:, 0], temperature, forbidden)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
     for t in range(R):
@@ -271,22 +264,17 @@ def token_logprobs(logits, tokens, temperature):
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Reward of each token (B,R): the KL penalty at every real token, plus the score (B,) at the last real one.
-
-    The penalty is the plain log-ratio (k1), whose sum over a response estimates its KL to the reference without bias
-    (Ziegler et al. 2019, eq. 2). A row's rewards add up to score - kl_coef * KL estimate.
-    """
+    """Reward of each token (B,R): -kl_coef * log-ratio at every real token, plus the score (B,) at the last real one.
+    The log-ratio (k1) estimates the KL to the reference without bias (Ziegler et al. 2019, eq. 2)."""
     penalties = -kl_coef * torch.where(mask, logprobs - ref_logprobs, 0.0)
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
     return penalties + torch.where(is_last, scores[:, None], 0.0)
 
 
 def compute_gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, eq. 16).
-
-    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  return_t = A_t + V_t. The state behind
-    the last real token is terminal and has value 0. All inputs (B,R); what stands behind the mask has no influence.
-    """
+    """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, eq. 16): A_t = delta_t + gamma * lam *
+    A_{t+1} with delta_t = r_t + gamma * V_{t+1} - V_t; return_t = A_t + V_t. The state behind the last real token is
+    terminal and has value 0. All inputs (B,R); what stands behind the mask has no influence."""
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + gamma * next_values - values
@@ -299,11 +287,8 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
-    """Clipped surrogate per token (Schulman et al. 2017, eq. 7, negated): (loss, ratio, clipped), each (B,R).
-
-    The ratio is clipped to 1 - cliprange .. 1 + cliprange_high (cliprange if None). clipped: the clipped branch is
-    strictly the larger loss, so the token has no gradient.
-    """
+    """Clipped surrogate per token (Schulman et al. 2017, eq. 7, negated): (loss, ratio, clipped), each (B,R). The ratio is
+    clipped to 1 - cliprange .. 1 + cliprange_high (None: cliprange); clipped: that branch is strictly the larger loss."""
     ratio = torch.exp(new_logprobs - logprobs)
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
@@ -311,10 +296,8 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=No
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Clipped squared error per token, the 1/2 included: (loss, clipped), each (B,R); clipped as in `policy_loss`.
-
-    A new value counts at most cliprange_value away from the old one (OpenAI's code for Ziegler et al. 2019).
-    """
+    """Clipped squared error per token, the 1/2 included: (loss, clipped), each (B,R); clipped as in `policy_loss`. A new
+    value counts at most cliprange_value away from the old one (OpenAI's code for Ziegler et al. 2019)."""
     plain = 0.5 * (new_values - returns) ** 2
     bounded = 0.5 * (values + (new_values - values).clamp(-cliprange_value, cliprange_value) - returns) ** 2
     return torch.maximum(plain, bounded), bounded > plain
@@ -419,15 +402,25 @@ def call_reward_fn(function, rows, responses, device):
     return torch.tensor(scores, dtype=torch.float32, device=device)
 
 
-def show_samples(rows):
-    """A small table of sampled responses, for the eye."""
+def show_samples(run, update, prompts, texts, scores, kl):
+    """The first responses of this rank into samples.jsonl, and fewer of them as a small table."""
+    columns = ("step", "query", "response", "score", "kl")
+    rows = [dict(zip(columns, (update, *row))) for row in zip(prompts, texts, scores.tolist(), kl.tolist())][:16]
+    run.append("samples.jsonl", rows)
     tqdm.write(f"{'score':>9} {'kl':>7}  query | response")
-    for row in rows:
+    for row in rows[:4]:
         query, response = (" ".join(str(row[key]).split()) for key in ("query", "response"))
         tqdm.write(f"{row['score']:9.3f} {row['kl']:7.2f}  {query[-60:]} | {response[:90]}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def check_flags(args):
+    """Refuse what no rank could run."""
+    check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
+    check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
+    if args.reward_model and args.reward_fn:
+        raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: PPO samples, so it must be above 0")
 
 
 def load_models(args, tokenizer, device):
@@ -454,17 +447,14 @@ def load_models(args, tokenizer, device):
 def main(args):
     # Everything that can be refused is refused before a model is loaded or a file is written.
     args = prepare(args)
-    check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
-    check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
-    if args.reward_model and args.reward_fn:
-        raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
+    check_flags(args)
     reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
     monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
     args.model = args.model or newest_run("sft")
     args.reward_model = args.reward_model or (None if reward_fn else newest_run("reward_model"))
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of --model {args.model}")
+        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
 
     ranks = init_ranks()
@@ -474,7 +464,7 @@ def main(args):
     policy, reference, critic, reward_model = load_models(args, tokenizer, device)
     actor_critic = ActorCritic(policy, critic)
     train_model = wrap(actor_critic, ranks, args.compile)
-    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     # In bf16, sampling reads one bf16 copy whose storage never moves; in fp32 the policy itself.
     sampler = copy.deepcopy(policy).requires_grad_(False).bfloat16() if args.precision == "bf16" else policy
     step = decode_step
@@ -486,8 +476,8 @@ def main(args):
     P = max(len(ids) for ids, _ in prompts)
     cache = StaticCache(config=policy.config, max_cache_len=P + R)
     stop_ids, pad_id = torch.tensor([tokenizer.eos_token_id], device=device), tokenizer.pad_token_id
-    forbidden = torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)  # rows that no token has
-    forbidden[pad_id] |= pad_id not in stop_ids
+    forbidden = forbidden_ids(policy, tokenizer, stop_ids)
+    sampling = {"forbidden": forbidden, "step": step, "cache": cache}
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     num_updates = args.total_episodes // args.batch_size
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
@@ -504,16 +494,14 @@ def main(args):
         uniforms = torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine].to(device)
         if sampler is not policy:
             torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in policy.parameters()])
-        responses = generate(
-            sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, forbidden, step, cache
-        )
+        responses = generate(sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, **sampling)
         mask = response_mask(responses, stop_ids)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
 
         # 2. score
         rolled_out, parts = clock(device), []
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
-            with torch.no_grad(), autocast(device, args.precision):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
                 ref_logits = response_logits(reference, ids, attention, R, forbidden)
                 ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
@@ -527,8 +515,7 @@ def main(args):
         has_eos = (torch.isin(responses, stop_ids) & mask).any(1)
         if args.missing_eos_score is not None:
             scores = torch.where(has_eos, scores, args.missing_eos_score)
-        kl_coef = controller.kl_coef
-        rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+        rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
         scored = clock(device)
 
         # 3. advantages
@@ -546,7 +533,8 @@ def main(args):
                 micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
                 for k, index in enumerate(micro_batches, start=1):
                     ids, attention, real, old_logprobs, old_values, adv, ret = (x[index] for x in batch)
-                    with sync_only_if(k == len(micro_batches), train_model), autocast(device, args.precision):
+                    train_model.require_backward_grad_sync = k == len(micro_batches)
+                    with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                         new_logprobs, entropy, new_values = train_model(ids, attention, R, args.temperature, forbidden)
                         # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
                         new_logprobs, old_logprobs = (torch.where(real, x, 0.0) for x in (new_logprobs, old_logprobs))
@@ -572,28 +560,30 @@ def main(args):
         means.add("objective/kl", kl)
         means.add("objective/entropy", -torch.where(mask, logprobs, 0.0).sum(1))
         means.add("objective/scores", scores)
-        means.add("objective/non_score_reward", -kl_coef * kl)
-        means.add("objective/rlhf_reward", scores - kl_coef * kl)
+        means.add("objective/non_score_reward", -controller.kl_coef * kl)
+        means.add("objective/rlhf_reward", scores - controller.kl_coef * kl)
         means.add("val/sequence_lengths", mask.sum(1))
         means.add("val/has_eos", has_eos)
         means.add("val/explained_var", explained_variance(values, returns, mask))
         if monitor_fn:
             means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
-        metrics = means.reduce() | {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
+        metrics = means.reduce() | {"kl_coef": controller.kl_coef, "lr": lr, "episode": update * args.batch_size}
         metrics |= {"time/rollout": rolled_out - started, "time/score": scored - rolled_out}
         metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         is_last = update == num_updates
-        if update % args.log_every == 0 or is_last:
-            shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/approxkl_avg"]
-            monitors = [key for key in metrics if key.startswith("monitor/")]
-            run.log(update, metrics, show=[*shown, "policy/clipfrac_avg", "eps", *monitors])
+        shown = [
+            "objective/scores",
+            "objective/kl",
+            "val/sequence_lengths",
+            "val/has_eos",
+            "policy/clipfrac_avg",
+            "eps",
+        ]
+        run.log(update, metrics, show=[*shown, *(key for key in metrics if key.startswith("monitor/"))])
         if ranks.rank == 0 and (update % args.sample_every == 0 or is_last or update == 1):
-            samples = zip([row["prompt"] for row in rows], texts, scores.tolist(), kl.tolist())
-            samples = [dict(zip(("query", "response", "score", "kl"), sample)) for sample in samples][:16]
-            run.append("samples.jsonl", [{"step": update, **sample} for sample in samples])
-            show_samples(samples[:4])
+            show_samples(run, update, [row["prompt"] for row in rows], texts, scores, kl)
         if args.save_every and update % args.save_every == 0:
             state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)

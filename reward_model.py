@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import Means, Run, UserError, autocast, check_divides, init_ranks, launch, load_pretrained, load_rows
-from utils import newest_run, prepare, progress, save_pretrained, seeded, sync_only_if, wrap
+from utils import Means, Run, UserError, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import newest_run, prepare, progress, save_pretrained, seeded, wrap
 
 
 @dataclass
@@ -123,8 +123,7 @@ class Scorer(torch.nn.Module):
 
 
 def preference_loss(chosen_scores, rejected_scores, margin=None):
-    """-log sigmoid(chosen - rejected - margin) for each pair, all (B,). Ouyang et al. 2022, eq. 1; margin: Touvron et
-    al. 2023 (Llama 2), eq. 2."""
+    """-log sigmoid(chosen - rejected - margin), all (B,): Ouyang et al. 2022, eq. 1; Touvron et al. 2023, eq. 2 (margin)."""
     difference = chosen_scores - rejected_scores
     return -F.logsigmoid(difference if margin is None else difference - margin)
 
@@ -239,7 +238,7 @@ def held_out_accuracy(scorer, pairs, args, pad_id, ranks):
     """Held-out {loss, accuracy}: the loss without margin; accuracy counts a tie as half."""
     means, size = Means(), args.micro_batch_size
     for part in micro_batches(pairs, lambda pair: max(len(pair[0]), len(pair[1])), ranks, size):
-        with autocast(ranks.device, args.precision):
+        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             chosen_scores, rejected_scores, _, mask = pair_scores(scorer, part, pad_id, size, ranks.device)
         means.add("eval/rm/loss", preference_loss(chosen_scores, rejected_scores), mask)
         means.add("eval/rm/accuracy", 0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores), mask)
@@ -251,7 +250,7 @@ def mean_score(scorer, sequences, args, pad_id, ranks):
     """Mean score over rows of token ids and all ranks."""
     means, size = Means(), 2 * args.micro_batch_size
     for part in micro_batches(sequences, len, ranks, size):
-        with autocast(ranks.device, args.precision):
+        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             scores = scorer(*collate(part, pad_id, size, ranks.device))
         means.add("score", scores, torch.arange(size, device=ranks.device) < len(part))
     return means.reduce()["score"]
@@ -289,7 +288,7 @@ def main(args):
     model.to(ranks.device)
     scorer = Scorer(model)
     train_model = wrap(scorer, ranks, args.compile)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
@@ -308,7 +307,8 @@ def main(args):
         # 2. loss
         parts = micro_batches(batch, lambda pair: max(len(pair[0]), len(pair[1])), ranks, size)
         for k, part in enumerate(parts, start=1):
-            with sync_only_if(k == len(parts), train_model), autocast(ranks.device, args.precision):
+            train_model.require_backward_grad_sync = k == len(parts)
+            with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
                 scores = pair_scores(train_model, part, tokenizer.pad_token_id, size, ranks.device)
                 chosen_scores, rejected_scores, margin, mask = scores
                 losses = preference_loss(chosen_scores, rejected_scores, margin)

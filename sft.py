@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import Means, Run, UserError, autocast, check_divides, init_ranks, launch, load_pretrained, load_rows
-from utils import prepare, progress, save_pretrained, seeded, sync_only_if, wrap
+from utils import Means, Run, UserError, all_sum, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import prepare, progress, save_pretrained, seeded, wrap
 
 
 @dataclass
@@ -184,12 +184,13 @@ def forward(model, input_ids, attention_mask):
 @torch.no_grad()
 def held_out_loss(model, rows, args, pad_id, ranks):
     """Mean loss per completion token, in nats, over all rows and ranks."""
-    means = Means()
+    totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
         input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
-        with autocast(ranks.device, args.precision):
-            means.add_pair("loss", torch.stack(token_loss(forward(model, input_ids, attention_mask), labels)))
-    return means.reduce()["loss"]
+        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
+            totals += torch.stack(token_loss(forward(model, input_ids, attention_mask), labels))
+    loss_sum, token_count = all_sum(totals).tolist()
+    return loss_sum / token_count
 
 
 def main(args):
@@ -217,7 +218,7 @@ def main(args):
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.to(ranks.device)
     train_model = wrap(model, ranks, args.compile)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
@@ -235,13 +236,20 @@ def main(args):
         num_tokens = sum(label != -100 for _, labels in batch for label in labels[1:])  # of all ranks
 
         # 2. loss
-        parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
+        parts, step_loss = (
+            micro_batches(batch, lambda row: len(row[0]), ranks, size),
+            torch.zeros((), device=ranks.device),
+        )
         for k, part in enumerate(parts, start=1):
             input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
-            with sync_only_if(k == len(parts), train_model), autocast(ranks.device, args.precision):
-                loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
-                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
-            means.add_pair("train/sft/loss", torch.stack([loss_sum, token_count]))
+            train_model.require_backward_grad_sync = k == len(parts)
+            with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
+                loss_sum, _ = token_loss(forward(train_model, input_ids, attention_mask), labels)
+                loss = loss_sum * ranks.world_size / num_tokens  # ranks average: times their number is the sum
+                loss.backward()
+            step_loss += loss.detach()
+
+        means.add("train/sft/loss", step_loss)
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)

@@ -1,24 +1,23 @@
-"""Plumbing shared by the four scripts: ranks, seeds, masked statistics, data files, run folders, checkpoints.
+"""Plumbing shared by the scripts: ranks, seeds, masked statistics, data files, run folders. The algorithms are not here."""
 
-Nothing in here knows what a policy, a reward, a value or a token id is: what a reader of the papers would want to see
-stands in the scripts themselves.
-"""
-
-import contextlib
+import collections
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
+
+Ranks = collections.namedtuple("Ranks", "rank world_size device")  # which process, of how many, where it computes
 
 
 class UserError(Exception):
@@ -26,8 +25,7 @@ class UserError(Exception):
 
 
 def launch(main, args):
-    """Run `main(args)`; a UserError ends in one line and exit code 1. Rank 0 reports it, and once the ranks are connected
-    every rank does, because from then on one rank alone may know of it."""
+    """Run `main(args)`; a UserError ends in one line, from rank 0 or, once they are connected, any rank; exit code 1."""
     try:
         main(args)
     except UserError as error:
@@ -37,15 +35,6 @@ def launch(main, args):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which process this is, of how many, and the device it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
 
 def init_ranks():
@@ -66,21 +55,9 @@ def wrap(module, ranks, compiled):
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 
-def sync_only_if(last, train_model):
-    """Context for one micro-batch, around forward and backward: ranks exchange gradients at the last one alone."""
-    return contextlib.nullcontext() if last or not hasattr(train_model, "no_sync") else train_model.no_sync()
-
-
-def autocast(device, precision):
-    """Compute in bf16 where that is safe, or leave fp32 alone; parameters and optimizer state are fp32 either way."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
 def seeded(*key):
-    """A CPU generator that depends on every part of `key`, e.g. (seed, "uniforms", update), and on nothing else: the same
-    on every rank, and a resumed run needs no saved state."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A CPU generator that depends on `key` alone, e.g. (seed, "uniforms", update): nothing to save, equal on all ranks."""
+    return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
 
 
 def clock(device):
@@ -106,42 +83,31 @@ def all_sum(x):
 
 def all_gather(x):
     """Concatenate a tensor of equal shape on every rank along dim 0, in rank order."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
+    if dist.is_initialized():
+        dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
-
-
-def sum_and_count(x, mask):
-    """[sum, number] of the True entries on this rank, in fp64."""
-    return torch.stack([torch.where(mask, x, 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)])
 
 
 @torch.no_grad()
 def masked_mean(x, mask):
-    """Mean over the True entries of the bool `mask` on all ranks: 0-d, without gradient, 0 where no entry is True. What
-    stands behind the mask may be anything, NaN included."""
-    total, count = all_sum(sum_and_count(x, mask))
+    """Mean over the True entries of `mask` on all ranks: 0-d, without gradient; 0 for an empty mask. x may be NaN behind it."""
+    total, count = all_sum(torch.stack([torch.where(mask, x, 0).double().sum(), mask.double().sum()]))
     return (total / count.clamp(min=1)).to(x.dtype)
 
 
 @torch.no_grad()
 def whiten(x, mask, shift_mean=True):
-    """Zero mean and unit (biased) variance over the True entries of all ranks; entries behind the mask become 0.
-
-    `shift_mean=False` keeps the mean and only scales. Finite for zero or one valid entry. Statistics of one rank or one
-    micro-batch would make the objective depend on the hardware (as in the code of Ziegler et al. 2019).
-    """
+    """Zero mean and unit (biased) variance over the True entries of all ranks; 0 behind the mask. Finite for any mask.
+    `shift_mean=False` only scales. (Whitening on each rank alone would make the objective depend on the hardware.)"""
     x64 = torch.where(mask, x, 0).double()
     mean = masked_mean(x64, mask)
     variance = masked_mean((x64 - mean) ** 2, mask)
-    whitened = (x64 - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
-    return torch.where(mask, whitened, 0).to(x.dtype)
+    return torch.where(mask, (x64 - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean), 0).to(x.dtype)
 
 
 class Means:
-    """Exact means by name over micro-batches and ranks: sums and counts stay on the device until one reduction."""
+    """Exact means by name over micro-batches and ranks: fp64 sums and counts stay on the device until one reduction."""
 
     def __init__(self):
         self.sums = {}
@@ -149,11 +115,9 @@ class Means:
     @torch.no_grad()
     def add(self, name, x, mask=None):
         """Add the True entries of `x` (all of them without a mask) to the mean called `name`."""
-        self.add_pair(name, sum_and_count(x, torch.ones_like(x, dtype=torch.bool) if mask is None else mask))
-
-    def add_pair(self, name, pair):
-        """Add [sum, number], taken already."""
-        self.sums[name] = self.sums.get(name, 0) + pair.detach().double()
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        pair = torch.stack([torch.where(mask, x, 0).double().sum(), mask.double().sum()])
+        self.sums[name] = self.sums.get(name, 0) + pair
 
     def reduce(self):
         """{name: float} over all ranks, and start again. Every rank must have added the same names."""
@@ -163,38 +127,32 @@ class Means:
 
 
 def load_rows(path, columns):
-    """The rows (a datasets.Dataset) of a .json, .jsonl or .parquet file, a folder of them, or a Hub name (its train split).
-    columns: tuples of names, each tuple a form that the script understands; the data must have one of them."""
-    import datasets  # seconds to import: only where data is read
-
+    """A datasets.Dataset from a .json, .jsonl or .parquet file, a folder of them, or a Hub name (its train split).
+    columns: groups of column names, at least one of which the data must have."""
     datasets.disable_progress_bars()
-    local, options = Path(path), {}
+    local, source = Path(path), {"path": path}
     if local.exists():
         files = [local] if local.is_file() else sorted(local.glob("*.json*")) or sorted(local.glob("*.parquet"))
         if not any(file.read_bytes().strip() for file in files):
             raise UserError(f"{path}: the data set is empty: no row in any .json, .jsonl or .parquet file")
-        path_or_kind = "parquet" if files[0].suffix == ".parquet" else "json"
-        options["data_files"] = [str(file) for file in files]
-    elif is_hub_name(path):
-        path_or_kind = path
-    else:
+        source["path"] = "parquet" if files[0].suffix == ".parquet" else "json"
+        source["data_files"] = [str(file) for file in files]
+    elif not is_hub_name(path):
         raise UserError(f"{path}: no such file or folder")
     try:
-        rows = datasets.load_dataset(path_or_kind, split="train", **options)
+        rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # the library raises many kinds; the first line of each says what happened
         raise UserError(f"{path}: cannot be read as a data set: {str(error).splitlines()[0]}") from error
     if not any(set(group) <= set(rows.column_names) for group in columns):
-        wanted = " or ".join("+".join(group) for group in columns)
-        raise UserError(f"{path}: needs the columns {wanted}; it has {', '.join(rows.column_names)}")
-    if len(rows) == 0:
-        raise UserError(f"{path}: the data set is empty")
+        wanted, present = " or ".join("+".join(group) for group in columns), ", ".join(rows.column_names)
+        raise UserError(f"{path}: needs the columns {wanted}; it has {present}")
     return rows
 
 
 def is_hub_name(path):
     """Whether a path that does not exist here may be `name` or `owner/name` on the Hub."""
-    is_file = path.endswith((".json", ".jsonl", ".parquet"))
-    return path.count("/") <= 1 and not is_file and not path.startswith((".", "/", "~", "runs/", "data/"))
+    is_local = path.startswith((".", "/", "~", "runs/", "data/")) or path.endswith((".json", ".jsonl", ".parquet"))
+    return path.count("/") <= 1 and not is_local
 
 
 def load_function(spec, flag):
@@ -211,13 +169,8 @@ def load_function(spec, flag):
 
 
 def load_pretrained(auto_class, path, may_miss=(), **options):
-    """`auto_class.from_pretrained(path)` in fp32 and eval mode with every dropout at 0, or a one-line error.
-
-    A folder with a config and no weights starts from random weights, and says so. Weights that the checkpoint lacks
-    are an error unless their names end with an entry of `may_miss`. Returns (model, names of the lacking weights).
-    """
-    import transformers
-
+    """(model, names of the weights that the checkpoint lacks), in fp32 and eval mode with every dropout at 0. Lacking
+    weights are an error unless their names end with an entry of `may_miss`. A config alone gives random weights."""
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
     folder = Path(path)
@@ -225,9 +178,8 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
         raise UserError(f"{path}: not a model folder: there is no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
-        for name, value in vars(config).items():  # for nn.Dropout and for the floats handed to attention kernels
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
+        # For nn.Dropout and for the floats that are handed to attention kernels alike.
+        config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float})
         if folder.exists() and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{path} holds a config and no weights: starting from random weights", flush=True)
@@ -250,13 +202,13 @@ def newest_run(script):
 
 
 def prepare(args):
-    """The arguments to run with, before anything is loaded or written. With `--resume FOLDER` they are that run's own,
-    and a flag given beside it that differs is an error; else the run folder must not exist yet."""
+    """The arguments to run with: with --resume those of that run (another flag that differs is an error), else as given
+    (the run folder must not exist yet). Called before anything is loaded or written."""
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
+    if args.resume is None and args.output_dir and Path(args.output_dir).exists():
+        raise UserError(f"--output_dir {args.output_dir}: exists already; name another folder or remove it")
     if args.resume is None:
-        if args.output_dir and Path(args.output_dir).exists():
-            raise UserError(f"--output_dir {args.output_dir}: exists already; name another folder or remove it")
         return args
     path = Path(args.resume) / "args.json"
     if not path.is_file():
@@ -297,14 +249,11 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True)
             (self.folder / "args.json").write_text(json.dumps(record, indent=2) + "\n")
         if args.track == "wandb":
-            import wandb
-
+            wandb = importlib.import_module("wandb")
             run = wandb.init(project="rlhf", name=self.folder.name, dir=str(self.folder), config=record)
             self.track = lambda step, metrics: run.log(metrics, step=step)
         elif args.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(self.folder)
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
             self.track = lambda step, metrics: [writer.add_scalar(key, metrics[key], step) for key in metrics]
         print(f"{script}: writing to {self.folder}", flush=True)
 
@@ -319,7 +268,6 @@ class Run:
         tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
 
     def append(self, name, rows):
-        """Add rows, each with its step, to metrics.jsonl or samples.jsonl."""
         with open(self.folder / name, "a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -344,13 +292,9 @@ class Run:
 
 def environment():
     """What a reader needs to run the same thing again: commit, whether the tree was clean, versions, hardware."""
-
-    def git(*command):
-        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-        return done.stdout.strip()
-
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": git("rev-parse", "HEAD") or None, "dirty": dirty, "versions": versions, "device": device}
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit, _, dirty = done.stdout.strip().partition("-")
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"commit": commit, "dirty": bool(dirty), "versions": versions, "device": device}

@@ -65,7 +65,7 @@ class Args:
     labels: tuple[str, ...] = ()
     """names of the runs, in their order; none: the folders' names"""
     x: Literal["step", "episode"] = "step"
-    """the horizontal axis; a run that logs no episode is drawn over its steps"""
+    """the horizontal axis; runs of a script that logs no episode are drawn over their steps"""
     mean: bool = False
     """draw runs that differ in their seed alone as their mean, with a band from the smallest to the largest"""
     output: str = "curves.png"
@@ -165,9 +165,7 @@ def draw_panel(axes, groups, keys, x, colours, with_legend):
             xs, means, lows, highs = merge(curves) if curves else ([], [], [], [])
             if not xs:
                 continue
-            style = (
-                {"lw": 1.8, "marker": "o" if len(xs) == 1 else None} if i == 0 else {"ls": ":", "marker": "o", "ms": 5}
-            )
+            style = {"ls": "-" if i == 0 else ":", "marker": "o" if i > 0 or len(xs) == 1 else None, "ms": 5}
             name = f"{label}, {parts[i]}" if len(keys) > 1 else label
             axes.plot(xs, means, color=colours[group[0].label], label=name, **style)
             if len(curves) > 1:
@@ -191,7 +189,7 @@ def build_figure(runs, keys=(), x="step", mean=False, by_label=False):
     groups = group_runs(runs, by_label) if mean else [[run] for run in runs]
     names = dict.fromkeys(group[0].label for group in groups)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    num_columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    num_columns = {4: 2, 7: 4, 8: 4}.get(len(panels), min(len(panels), 3))  # few empty places
     num_rows = math.ceil(len(panels) / num_columns)
     figure = Figure(figsize=(4.6 * num_columns, 3.4 * num_rows), dpi=150, layout="constrained")
     seen = set()

@@ -1,7 +1,7 @@
 """How good is a policy folder? Samples it on held-out prompts and reports every number with a 95% interval.
 
     1. sample     num_samples responses, spread evenly over the prompts of a seeded shuffle
-    2. score      every reward model and reward function given: raw scores, nothing added for a missing EOS
+    2. score      every reward model (less its score_mean) and reward function given; nothing added for a missing EOS
                   kl = sum over real tokens of logprob - ref_logprob: nats a response, an unbiased estimate, so a single
                   one may be negative
                   ref_perplexity = exp(mean over real tokens of -ref_logprob), at temperature 1

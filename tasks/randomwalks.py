@@ -335,7 +335,8 @@ def draw_pair(rng, graph, start, kind):
     else:
         second = {"jump": jump_walk, "miss": missing_walk, "noise": noise_walk}[kind](rng, graph, start)
     if second is not None and kind == "tail":
-        second = with_tail(rng, second)
+        scores = [optimality(graph.adjacency, walk, graph.shortest) for walk in (first, second)]
+        second = with_tail(rng, second) if scores[0] > scores[1] else None
     return None if second is None else (first, second)
 
 

@@ -208,11 +208,16 @@ def gradients_of(rank, script, options):
 
 
 def assert_same_gradients(ours, theirs, tolerance=1e-5):
-    """Step by step and tensor by tensor, relative to the tensor's norm."""
+    """Step by step and tensor by tensor, relative to the tensor's norm.
+
+    Some tensors have the gradient 0 (a bias that adds the same to both sides of a pair), which rounding makes a little
+    more: hence the allowance of 1e-7 of the norm of all tensors together.
+    """
     assert len(ours) == len(theirs)
     for step, other_step in zip(ours, theirs, strict=True):
+        everything = np.sqrt(sum(np.sum(gradient**2) for gradient in other_step))
         for gradient, other in zip(step, other_step, strict=True):
-            assert np.linalg.norm(gradient - other) <= tolerance * np.linalg.norm(other) + 1e-9
+            assert np.linalg.norm(gradient - other) <= tolerance * np.linalg.norm(other) + 1e-7 * everything
 
 
 def refuses(capsys, script, options, match):

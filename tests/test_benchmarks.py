@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +30,7 @@ def build_tokenizer(letters=LETTERS):
     vocab = {token: i for i, token in enumerate([*letters, "|", "<pad>"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="|"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|", pad_token="<pad>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return tokenizer
@@ -40,7 +41,7 @@ def save_model(folder, model_class, seed, letters=LETTERS, **options):
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(letters)
     config = GPT2Config(
-        vocab_size=len(tokenizer) + 2, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.7, **options
+        vocab_size=len(tokenizer) + 2, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.3, **options
     )
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     model_class(config).save_pretrained(folder)
@@ -367,8 +368,9 @@ def test_mistakes_end_in_one_line(world, capfd, options, message):
 
 
 def test_runs_as_a_script_from_the_root():
-    command = [sys.executable, "benchmarks/evaluate.py", "--model", "./nowhere", "--best_of_n", "4", "16"]
-    done = subprocess.run([*command, "--reward_fns", "nofile.py:f"], capture_output=True, text=True, cwd=ROOT)
+    flags = ["--model", "./nowhere", "--reward_fns", "a.py:f", "b.py:g", "--best_of_n", "4", "16"]
+    command = [sys.executable, "benchmarks/evaluate.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: ./nowhere: no such model folder\n"
 

@@ -1,0 +1,595 @@
+"""Whole runs of ppo_rlhf.py on tiny models: what an update must keep, what a run leaves behind, what it refuses.
+
+Most runs call `main` in this process, because a start costs seconds; a few are real subprocesses.
+"""
+
+import itertools
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refuses, write_jsonl
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import ppo_rlhf
+from utils import Ranks, UserError
+
+PROMPTS = ["a", "bc", "def", "ghij", "klmno", "pq", "r", "stu", "vwxyzab", "cd", "ef", "ghi"]
+REWARDS = '''
+def share_of_a(prompts, responses, **columns):
+    """Of the letters that a response of 6 could hold."""
+    return [response.count("a") / 6 for response in responses]
+
+def letters(prompts, responses, **columns):
+    return [len(response) for response in responses]
+
+def bonus(prompts, responses, bonus, **columns):
+    assert len(prompts) == len(responses) == len(bonus) and list(columns) == ["note"]
+    return bonus
+
+def nothing(prompts, responses, **columns):
+    return [0.0] * len(responses)
+
+def too_few(prompts, responses, **columns):
+    return [0.0] * (len(responses) - 1)
+
+def not_a_number(prompts, responses, **columns):
+    return [float("nan")] * len(responses)
+
+constant = 3
+'''
+KEYS = {
+    *(f"objective/{key}" for key in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")),
+    *(f"policy/{key}" for key in ("approxkl_avg", "clipfrac_avg", "entropy_avg")),
+    *(f"loss/{key}" for key in ("policy_avg", "value_avg")),
+    *(f"val/{key}" for key in ("clipfrac_avg", "ratio", "sequence_lengths", "has_eos", "explained_var")),
+    *("optim/grad_norm", "kl_coef", "lr", "episode", "eps", "time/rollout", "time/score", "time/update"),
+}
+CLOCKS = {"eps", "time/rollout", "time/score", "time/update"}
+
+
+def lines(folder, name="metrics.jsonl"):
+    """The objects of a .jsonl file; NaN and Infinity are no JSON and no numbers anyone can claim."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in {name}")
+
+    text = (Path(folder) / name).read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def timeless(folder):
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines(folder)]
+
+
+def weights(folder, part="model"):
+    auto_class = {"model": AutoModelForCausalLM, "critic": AutoModelForSequenceClassification}[part]
+    options = {"num_labels": 1} if part == "critic" else {}
+    return auto_class.from_pretrained(Path(folder) / part, **options).state_dict()
+
+
+def same_weights(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, gpt2_folder):
+    """`settings(output_dir, **changes)`: flags of a run that takes half a second. Its files: `settings.folder`."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"prompt": prompt, "bonus": i / 4, "note": "n"} for i, prompt in enumerate(PROMPTS)]
+    dataset = write_jsonl(folder / "prompts.jsonl", rows)
+    (folder / "rewards.py").write_text(REWARDS)
+
+    def flags(output_dir, reward="share_of_a", updates=1, **changes):
+        flags = {"model": gpt2_folder, "dataset": dataset, "output_dir": str(output_dir)}
+        flags |= {"reward_fn": f"{folder / 'rewards.py'}:{reward}"} if reward else {}
+        flags |= {"batch_size": 16, "micro_batch_size": 16, "num_epochs": 1, "num_minibatches": 1}
+        flags |= {"query_length": 8, "response_length": 16, "total_episodes": updates * changes.get("batch_size", 16)}
+        return flags | {"compile": False, "missing_eos_score": None} | changes
+
+    flags.folder = folder
+    return flags
+
+
+def run(flags):
+    ppo_rlhf.main(ppo_rlhf.Args(**flags))
+    return Path(flags["output_dir"])
+
+
+def run_on_rank(rank, flags):
+    """A run on two connected ranks or (rank None) alone; the text of the user's mistake, if there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        ranks = Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
+        patch.setattr(ppo_rlhf, "init_ranks", lambda: ranks)
+        try:
+            run(flags)
+        except UserError as error:
+            return str(error)
+
+
+def watched(rank, flags):
+    """Of each optimizer step of a run: the gradients it saw and the parameters it left, as numpy arrays.
+
+    Plain gradient steps stand in for AdamW, whose first step is lr * sign(gradient) nearly everywhere: where a gradient
+    is 0 but for rounding, that would turn nothing into a difference.
+    """
+    steps = []
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, parameters, lr, **options):
+            super().__init__(parameters, lr=lr)
+
+        def step(self, closure=None):
+            parameters = self.param_groups[0]["params"]
+            gradients = [p.grad.numpy().copy() for p in parameters]
+            super().step(closure)
+            steps.append((gradients, [p.detach().numpy().copy() for p in parameters]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watched)
+        assert run_on_rank(rank, flags) is None
+    return steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def long_flags(settings):
+    """Three updates with all there is: epochs, minibatches, micro-batches, adaptive KL, a monitor, checkpoints."""
+
+    def flags(output_dir, **changes):
+        sizes = {"num_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "save_every": 1, "sample_every": 1}
+        controller = {
+            "target_kl_nats": 0.5,
+            "kl_horizon": 100,
+            "monitor_fn": f"{settings.folder / 'rewards.py'}:letters",
+        }
+        return settings(output_dir, updates=3, **sizes, **controller, **changes)
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, long_flags):
+    return run(long_flags(tmp_path_factory.mktemp("runs") / "finished"))
+
+
+def test_metrics_are_the_documented_ones(finished):
+    metrics = lines(finished)
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert line.keys() == KEYS | {"step", "monitor/letters"}
+        assert all(math.isfinite(value) for value in line.values())
+    assert [line["episode"] for line in metrics] == [16, 32, 48]
+    assert [line["lr"] for line in metrics] == pytest.approx([3e-4, 2e-4, 1e-4])  # the last is lr / N, not 0
+
+
+def test_identities_between_metrics(finished):
+    metrics = lines(finished)
+    for line in metrics:
+        assert line["objective/non_score_reward"] == pytest.approx(-line["kl_coef"] * line["objective/kl"], abs=1e-7)
+        assert line["objective/rlhf_reward"] == pytest.approx(
+            line["objective/scores"] + line["objective/non_score_reward"], abs=1e-7
+        )
+    assert metrics[0]["objective/kl"] == 0.0  # policy and reference start as one, exactly
+    assert metrics[1]["objective/kl"] != 0.0
+    for line, following in itertools.pairwise(metrics):  # the coefficient that is logged is the one that was used
+        error = min(max(line["objective/kl"] / 0.5 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(line["kl_coef"] * (1 + error * 16 / 100))
+
+
+def test_samples_add_up_to_the_metrics(finished):
+    for line in lines(finished):
+        samples = [row for row in lines(finished, "samples.jsonl") if row["step"] == line["step"]]
+        assert len(samples) == 16  # the whole batch
+        assert all(row.keys() == {"step", "query", "response", "score", "kl"} for row in samples)
+        assert {row["query"] for row in samples} <= set(PROMPTS)
+        assert [row["score"] for row in samples] == pytest.approx([r["response"].count("a") / 6 for r in samples])
+        lengths = [min(len(row["response"]) + 1, 16) for row in samples]  # a token a letter, and the EOS
+        means = {
+            "objective/scores": [row["score"] for row in samples],
+            "objective/kl": [row["kl"] for row in samples],
+            "monitor/letters": [len(row["response"]) for row in samples],
+            "val/sequence_lengths": lengths,
+            "val/has_eos": [len(row["response"]) < 16 for row in samples],
+        }
+        assert 0 < line["val/has_eos"] < 1
+        for name, values in means.items():
+            assert line[name] == pytest.approx(sum(values) / 16, abs=1e-6), name
+
+
+def test_saved_folders_load_plainly(finished, gpt2_folder):
+    state = torch.load(finished / "checkpoints" / "step_000003.pt", weights_only=True)["model"]
+    assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.bool, torch.uint8}
+    for part, auto_class in [("model", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)]:
+        options = {"num_labels": 1} if part == "critic" else {}
+        model, info = auto_class.from_pretrained(finished / part, output_loading_info=True, **options)
+        assert not any(info.values()), info
+        name = "policy." if part == "model" else "critic."
+        live = auto_class.from_config(model.config).eval()
+        live.load_state_dict({key.removeprefix(name): x for key, x in state.items() if key.startswith(name)})
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            assert torch.equal(model.eval()(ids).logits, live(ids).logits)
+    start = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
+    assert not same_weights(weights(finished), start)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "|")
+    record = json.loads((finished / "args.json").read_text())
+    assert (
+        record["args"]["lr"] == 3e-4 and record["world_size"] == 1 and {"argv", "commit", "versions"} <= record.keys()
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same again, and resumed
+
+
+def test_same_seed_same_run(finished, long_flags, tmp_path):
+    again = run(long_flags(tmp_path / "again"))
+    assert timeless(again) == timeless(finished)
+    assert lines(again, "samples.jsonl") == lines(finished, "samples.jsonl")
+    for part in ("model", "critic"):
+        assert same_weights(weights(again, part), weights(finished, part))
+    other = run(long_flags(tmp_path / "other", seed=2))
+    assert timeless(other)[0] != timeless(finished)[0]
+
+
+def interrupted(finished, folder, step, half_a_line=True):
+    """A copy of a run as it is after a kill behind `step`: later lines may be there, the models are not."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("model", "critic"))
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.stem.removeprefix("step_")) > step:
+            path.rename(f"{path}.tmp")  # a checkpoint that was being written
+    if half_a_line:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 4, "objective/kl"')
+    return str(folder)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_resumed_run_ends_as_if_never_interrupted(finished, tmp_path, step):
+    """Behind step 3 only the model folders are missing: there is nothing to train, and all to save."""
+    folder = interrupted(finished, tmp_path / "run", step)
+    ppo_rlhf.main(ppo_rlhf.Args(resume=folder))
+    assert timeless(folder) == timeless(finished)
+    assert lines(folder, "samples.jsonl") == lines(finished, "samples.jsonl")
+    for part in ("model", "critic"):
+        assert same_weights(weights(folder, part), weights(finished, part))
+
+
+def test_resuming_what_cannot_be_resumed(finished, tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        ppo_rlhf.main(ppo_rlhf.Args(resume=str(tmp_path)))
+    with pytest.raises(UserError, match="--lr"):
+        ppo_rlhf.main(ppo_rlhf.Args(resume=str(finished), lr=1.0))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="finished"):  # model/ is there already
+        ppo_rlhf.main(ppo_rlhf.Args(resume=str(finished)))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an update must keep
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_learning_rate_zero_changes_nothing(settings, tmp_path, gpt2_folder, precision):
+    """Every later epoch and minibatch meets its own old log-probabilities, whatever rows it is batched with."""
+    sizes = {"num_epochs": 3, "num_minibatches": 2, "micro_batch_size": 4, "updates": 2}
+    folder = run(settings(tmp_path / "run", lr=0.0, precision=precision, save_every=2, **sizes))
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    for line in lines(folder):
+        assert line["val/ratio"] == pytest.approx(1, abs=tolerance)
+        assert line["policy/approxkl_avg"] < (1e-9 if precision == "fp32" else 1e-3)
+        assert line["policy/clipfrac_avg"] == 0 and line["val/clipfrac_avg"] == 0
+        assert line["objective/kl"] == 0 and line["objective/non_score_reward"] == 0
+        assert line["optim/grad_norm"] > 0.01
+    assert same_weights(weights(folder), AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict())
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    assert saved.dtype == torch.float32
+
+
+def test_first_loss_of_a_zero_critic(settings, tmp_path):
+    """With a reward function V = 0 and KL = 0 at first: lam = gamma = 1 makes every token's return its score.
+
+    The whitened advantages of one minibatch over the whole batch have mean 0, and the ratio is 1: so has the loss.
+    """
+    folder = run(settings(tmp_path / "run", lam=1.0, gamma=1.0))
+    metrics, samples = lines(folder)[0], lines(folder, "samples.jsonl")
+    lengths = [min(len(row["response"]) + 1, 16) for row in samples]
+    errors = sum(n * 0.5 * row["score"] ** 2 for n, row in zip(lengths, samples, strict=True))
+    assert metrics["loss/value_avg"] == pytest.approx(errors / sum(lengths), rel=1e-5)
+    assert metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
+    assert metrics["val/explained_var"] == pytest.approx(0, abs=1e-5)
+    assert len({row["score"] for row in samples}) > 1
+
+
+def test_reward_that_is_always_zero(settings, tmp_path):
+    """Nothing to learn and no variance to explain is no reason for a NaN, in the metrics or in the weights."""
+    folder = run(settings(tmp_path / "run", "nothing", kl_coef=0.0, updates=2))
+    for line in lines(folder):
+        assert all(math.isfinite(value) for value in line.values())
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def apart(first, second):
+    """The largest difference of two lists of arrays: relative to each one's norm, or to a thousandth of the largest."""
+    norms = [(b**2).sum() ** 0.5 for b in second]
+    differences = [((a - b) ** 2).sum() ** 0.5 for a, b in zip(first, second, strict=True)]
+    return max(d / max(norm, 1e-3 * max(norms)) for d, norm in zip(differences, norms, strict=True))
+
+
+def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on_two_ranks):
+    """Rows of unequal length in two epochs of two minibatches, dealt out in three ways."""
+    flags = {"num_epochs": 2, "num_minibatches": 2, "max_grad_norm": 0.0, "lr": 1e-2}
+    whole = watched(None, settings(tmp_path / "whole", **flags))
+    small = watched(None, settings(tmp_path / "small", **flags, micro_batch_size=2))
+    first, second = on_two_ranks(watched, settings(tmp_path / "ranks", **flags, micro_batch_size=3))
+    assert len(whole) == len(small) == len(first) == len(second) == 4  # epochs * minibatches, and no step more
+    assert 0 < lines(tmp_path / "whole")[0]["val/has_eos"] < 1
+    for other in (small, first):
+        for (gradients, parameters), (their_gradients, their_parameters) in zip(other, whole, strict=True):
+            assert apart(gradients, their_gradients) < 1e-5
+            assert apart(parameters, their_parameters) < 1e-5
+    assert apart(whole[1][0], whole[0][0]) > 0.1  # another minibatch has another gradient
+    for mine, theirs in zip(first, second, strict=True):  # after every step all ranks hold the same numbers
+        assert all((a == b).all() for a, b in zip(mine[0] + mine[1], theirs[0] + theirs[1], strict=True))
+    samples = [lines(tmp_path / name, "samples.jsonl") for name in ("ranks", "whole")]
+    assert len(samples[0]) == 8  # rank 0's own rows, which are the first of the batch
+    for mine, theirs in zip(*samples, strict=False):
+        assert (mine["query"], mine["response"]) == (theirs["query"], theirs["response"])
+
+
+def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks):
+    """Every metric of a line is the same claim, however the work is cut."""
+    flags = {"monitor_fn": f"{settings.folder / 'rewards.py'}:letters", "missing_eos_score": -1.0}
+    run(settings(tmp_path / "whole", **flags))
+    run(settings(tmp_path / "small", **flags, micro_batch_size=2))
+    assert on_two_ranks(run_on_rank, settings(tmp_path / "ranks", **flags, micro_batch_size=5)) == [None, None]
+    for name in ("small", "ranks"):
+        assert timeless(tmp_path / name)[0] == pytest.approx(timeless(tmp_path / "whole")[0], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("penalty", [-7.0, None])
+def test_missing_eos_score(settings, tmp_path, penalty):
+    folder = run(settings(tmp_path / "run", "letters", missing_eos_score=penalty))
+    samples = lines(folder, "samples.jsonl")
+    endless = [len(row["response"]) == 16 for row in samples]
+    assert any(endless) and not all(endless)
+    for row, has_no_eos in zip(samples, endless, strict=True):
+        assert row["score"] == (penalty if has_no_eos and penalty else len(row["response"]))
+    assert lines(folder)[0]["objective/scores"] == pytest.approx(sum(row["score"] for row in samples) / 16)
+
+
+def test_columns_reach_the_reward_function_in_order(settings, tmp_path):
+    folder = run(settings(tmp_path / "run", "bonus", updates=2, sample_every=1))
+    for row in lines(folder, "samples.jsonl"):
+        assert row["score"] == PROMPTS.index(row["query"]) / 4
+    seen = [row["query"] for row in lines(folder, "samples.jsonl")]
+    assert set(seen[:12]) == set(seen[12:24]) == set(PROMPTS)  # a pass is every prompt once
+
+
+def test_learns_to_say_a_letter(settings, tmp_path):
+    flags = {
+        "response_length": 6,
+        "lr": 1e-2,
+        "num_epochs": 4,
+        "batch_size": 32,
+        "micro_batch_size": 32,
+        "kl_coef": 0.01,
+    }
+    scores = [line["objective/scores"] for line in lines(run(settings(tmp_path / "run", updates=20, **flags)))]
+    assert scores[0] < 0.15  # one letter in thirty by chance
+    assert sum(scores[-4:]) / 4 > 0.6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward model, and other models
+
+
+def test_reward_model_scores_and_starts_the_critic(settings, tmp_path, llama_folder, llama_rm_folder):
+    """The reward model's config is centred at 0.75; scores are recomputed row by row with the plain class."""
+    flags = {"model": llama_folder, "reward_model": llama_rm_folder, "lr": 0.0}
+    folder = run(settings(tmp_path / "run", None, **flags))
+    start = AutoModelForSequenceClassification.from_pretrained(llama_rm_folder, num_labels=1)
+    critic, info = AutoModelForSequenceClassification.from_pretrained(
+        folder / "critic", num_labels=1, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert critic.config.score_mean == 0.75
+    assert same_weights(critic.state_dict(), start.state_dict())
+    tokenizer, samples = AutoTokenizer.from_pretrained(llama_folder), lines(folder, "samples.jsonl")
+    for row in samples:
+        ids = tokenizer(row["query"]).input_ids + tokenizer(row["response"]).input_ids
+        ids += [tokenizer.eos_token_id] * (len(row["response"]) < 16)
+        with torch.no_grad():
+            score = start(torch.tensor([ids])).logits.item() - 0.75
+        assert row["score"] == pytest.approx(score, abs=1e-4)
+    scores = [row["score"] for row in samples]
+    assert max(scores) - min(scores) > 0.1
+    trained = run(settings(tmp_path / "trained", None, **flags | {"lr": 1e-3}))
+    assert not same_weights(weights(trained, "critic"), start.state_dict())
+    assert not same_weights(weights(trained), AutoModelForCausalLM.from_pretrained(llama_folder).state_dict())
+
+
+def test_model_without_a_pad_token(settings, tmp_path, llama_folder):
+    """A pad token is added, the policy grows by a row that is never sampled, and both folders load plainly."""
+    folder = tmp_path / "no_pad"
+    shutil.copytree(llama_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<pad>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    done = run(settings(tmp_path / "run", model=str(folder)))
+    for part, auto_class in [("model", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)]:
+        options = {"num_labels": 1} if part == "critic" else {}
+        model, info = auto_class.from_pretrained(done / part, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(done / part)
+        assert not any(info.values()), info
+        assert tokenizer.pad_token == "[PAD]" and tokenizer.pad_token_id == 31
+        ids = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
+        assert model(**ids).logits.isfinite().all()  # a batch with padding, as anyone would feed it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.fixture
+def refused(capsys):
+    """Exit code 1, one line with every fragment, and nothing written."""
+
+    def check(flags, *fragments):
+        refuses(capsys, "ppo_rlhf", flags, "".join(f"(?=.*{re.escape(str(fragment))})" for fragment in fragments))
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"dataset": "nowhere/prompts.jsonl"}, ["nowhere/prompts.jsonl"]),
+        ({"model": "./nowhere"}, ["./nowhere"]),
+        ({"total_episodes": 24}, ["--total_episodes", "--batch_size", "24", "16"]),
+        ({"num_minibatches": 3}, ["--batch_size", "--num_minibatches", "16", "3"]),
+        ({"batch_size": 0, "total_episodes": 16}, ["--batch_size"]),
+        ({"total_episodes": 0}, ["--total_episodes"]),
+        ({"num_minibatches": 0}, ["--num_minibatches"]),
+        ({"query_length": 0}, ["--query_length"]),
+        ({"reward_fn": "nowhere.py:f"}, ["--reward_fn", "nowhere.py"]),
+        ({"monitor_fn": "nowhere.py:f"}, ["--monitor_fn", "nowhere.py"]),
+        ({"reward_fn": "share_of_a"}, ["--reward_fn", "file.py:function"]),
+        ({"reward_model": "somewhere"}, ["--reward_model", "--reward_fn"]),  # both
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_flags(refused, settings, tmp_path, changes, fragments):
+    refused(settings(tmp_path / "run") | changes, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("micro_batch_size", 0), ("num_epochs", 0), ("response_length", 0), ("temperature", 0.0)),
+        ("response_length", 60),  # with its prompt beyond the 64 positions of the model
+    ],
+)
+def test_refused_sizes(refused, settings, tmp_path, flag, value):
+    """Each would end in a traceback, in a run that trains nothing, or in NaN."""
+    refused(settings(tmp_path / "run") | {flag: value}, f"--{flag}")
+
+
+def test_refused_data(refused, settings, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for rows, fragments in [
+        ([{"question": "a", "answer": "b"}], [path, "prompt", "question", "answer"]),
+        ([], [path, "empty"]),
+        ([{"prompt": "abcdefghi"}] * 3, [path, "--query_length", "8"]),
+        ([{"prompt": "abc"}, {"prompt": ""}], [path, "row 2"]),
+    ]:
+        refused(settings(tmp_path / "run", dataset=write_jsonl(path, rows)), *fragments)
+
+
+def test_long_prompts_are_counted_and_left_out(settings, tmp_path, capsys):
+    rows = [{"prompt": prompt} for prompt in ("ab", "abcdefghi", "cd", "a" * 30, "abcdefgh")]
+    folder = run(settings(tmp_path / "run", dataset=write_jsonl(tmp_path / "rows.jsonl", rows)))
+    assert "2 of 5" in capsys.readouterr().out
+    assert {row["query"] for row in lines(folder, "samples.jsonl")} == {"ab", "cd", "abcdefgh"}
+
+
+def test_refused_reward_functions(refused, settings, tmp_path):
+    path = settings.folder / "rewards.py"
+    refused(settings(tmp_path / "run", "no_such_name"), "--reward_fn", path, "no_such_name")
+    refused(settings(tmp_path / "run", "constant"), "--reward_fn", path, "constant")
+    for name, fragments in [("too_few", ["15", "16"]), ("not_a_number", ["nan"])]:
+        with pytest.raises(UserError) as caught:  # seen in the first update: the run folder exists by then
+            run(settings(tmp_path / name, name))
+        assert all(fragment in str(caught.value) for fragment in [name, *fragments])
+        assert not (tmp_path / name / "model").exists()
+
+
+def test_refused_models(refused, settings, tmp_path, gpt2_folder, gpt2_rm_folder):
+    no_eos = tmp_path / "no_eos"
+    shutil.copytree(gpt2_folder, no_eos)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(no_eos)
+    refused(settings(tmp_path / "run", model=str(no_eos)), no_eos, "EOS")
+    refused(settings(tmp_path / "run", None, reward_model=gpt2_folder), "--reward_model", gpt2_folder, "score.weight")
+    other = tmp_path / "other"
+    shutil.copytree(gpt2_rm_folder, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    refused(settings(tmp_path / "run", None, reward_model=str(other)), "--reward_model", other, "tokenizer")
+
+
+def test_no_earlier_stage(refused, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(settings(tmp_path / "run", model=None), "python sft.py")
+    refused(settings(tmp_path / "run", None), "python reward_model.py")
+
+
+def test_existing_run_folder_is_left_alone(settings, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(UserError, match="--output_dir"):
+        run(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_batch_that_does_not_divide_over_two_ranks(settings, tmp_path, on_two_ranks):
+    flags = settings(tmp_path / "run", batch_size=6, num_minibatches=2)
+    for message in on_two_ranks(run_on_rank, flags):
+        assert "--batch_size" in message and "6" in message and "4" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a user runs it
+
+
+def command_line(flags):
+    """Flags as words; a bool is --compile or --no-compile, None is the word none."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", "none" if value is None else str(value)]
+    return words
+
+
+def test_script_runs_from_the_command_line(run_script, settings, tmp_path):
+    done = run_script("ppo_rlhf.py", command_line(settings(tmp_path / "run")))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "critic")
+    }
+    assert timeless(tmp_path / "run") == timeless(run(settings(tmp_path / "here")))  # and exactly as in this process
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [({"dataset": "nowhere/prompts.jsonl"}, "nowhere/prompts.jsonl"), ({"model": "tests"}, "tests: ")],
+    ids=["dataset", "model"],
+)
+def test_script_refuses_in_one_line(run_script, settings, tmp_path, changes, fragment):
+    done = run_script("ppo_rlhf.py", command_line(settings(tmp_path / "run", missing_eos_score=-1.0) | changes))
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error:") and fragment in errors[0]
+    assert not errors[0].rstrip().endswith(":")  # the sentence is finished
+    assert not (tmp_path / "run").exists()
