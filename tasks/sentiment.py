@@ -73,7 +73,7 @@ class Args:
     """sentences for reward model A"""
     num_b: int = 3400
     """sentences for the judge, reward model B; what is left gives the PPO prompts"""
-    num_rounds: int = 3
+    num_rounds: int = 2
     """how often each sentence of a and b is drawn into a pair (fewer where the gap is too small)"""
     num_rounds_test: int = 5
     """how often each sentence of test is drawn into a pair"""

@@ -311,6 +311,53 @@ def test_first_loss_of_a_zero_critic(settings, tmp_path):
     assert len({row["score"] for row in samples}) > 1
 
 
+def test_first_step_is_the_policy_gradient(settings, tmp_path, gpt2_folder):
+    """The gradient of the first step worked out row by row, without padding, batches or any function of the script.
+
+    V = 0 and KL = 0, so A_t = (gamma * lam)^(n - 1 - t) * score for n tokens; then whitened; at ratio 1 the loss is
+    -A * logprob, and of the critic's weights the zero head alone can move.
+    """
+    sizes = {"gamma": 0.9, "lam": 0.8, "temperature": 0.7, "vf_coef": 0.3, "max_grad_norm": 0.0, "micro_batch_size": 5}
+    [(gradients, _)] = watched(None, settings(tmp_path / "run", "letters", **sizes))
+    policy = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    tokenizer, forbidden = AutoTokenizer.from_pretrained(gpt2_folder), torch.arange(31) == 0
+    logprobs, advantages, hidden = [], [], []
+    for row in lines(tmp_path / "run", "samples.jsonl"):
+        query, response = tokenizer(row["query"]).input_ids, tokenizer(row["response"]).input_ids
+        response += [tokenizer.eos_token_id] * (len(response) < 16)
+        ids, n = torch.tensor([query + response]), len(response)
+        logits = policy(ids).logits[0, -n - 1 : -1].masked_fill(forbidden, -math.inf)
+        logprobs.append(torch.log_softmax(logits / 0.7, -1)[range(n), response])
+        hidden.append(policy.transformer(ids).last_hidden_state[0, -n - 1 : -1].detach())
+        advantages.append(torch.tensor([0.72 ** (n - 1 - t) * row["score"] for t in range(n)]))
+    logprobs, advantages, hidden = map(torch.cat, (logprobs, advantages, hidden))
+    whitened = (advantages - advantages.mean()) / advantages.std(correction=0)
+    (-whitened * logprobs).mean().backward()
+    expected = [p.grad.numpy() for p in policy.parameters()]
+    assert apart(gradients[: len(expected)], expected) < 1e-4
+    *trunk, head = gradients[len(expected) :]
+    assert not any(gradient.any() for gradient in trunk)
+    assert apart([head[0]], [-0.3 * (advantages[:, None] * hidden).mean(0).numpy()]) < 1e-4
+    everything = sum((gradient.astype("float64") ** 2).sum() for gradient in gradients) ** 0.5
+    assert lines(tmp_path / "run")[0]["optim/grad_norm"] == pytest.approx(everything, rel=1e-5)
+
+
+def test_gradients_are_clipped_to_max_grad_norm(settings, tmp_path):
+    [(gradients, _)] = watched(None, settings(tmp_path / "run", "letters", max_grad_norm=0.01))
+    assert sum((gradient**2).sum() for gradient in gradients) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+    assert lines(tmp_path / "run")[0]["optim/grad_norm"] > 0.1  # what is logged is the norm before
+
+
+def test_clip_ranges_reach_the_losses(settings, tmp_path):
+    """A second step meets a new policy and new values; what is clipped then depends on the two flags."""
+    for name, cliprange, cliprange_value in [("narrow", 1e-4, 1e-4), ("policy", 1e-4, 1e4), ("value", 1e4, 1e-4)]:
+        clips = {"cliprange": cliprange, "cliprange_value": cliprange_value}
+        line = lines(run(settings(tmp_path / name, "letters", num_epochs=2, lr=1e-3, **clips)))[0]
+        assert (line["policy/clipfrac_avg"] > 0.1) == (cliprange < 1)
+        assert (line["val/clipfrac_avg"] > 0.01) == (cliprange_value < 1)
+        assert line["policy/approxkl_avg"] > 1e-6
+
+
 def test_reward_that_is_always_zero(settings, tmp_path):
     """Nothing to learn and no variance to explain is no reason for a NaN, in the metrics or in the weights."""
     folder = run(settings(tmp_path / "run", "nothing", kl_coef=0.0, updates=2))

@@ -21,7 +21,6 @@ from conftest import (
     write_jsonl,
 )
 
-CPU = torch.device("cpu")
 EOS = 1
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -168,7 +167,7 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
     model = load(llama_rm_folder)
     input_ids, attention_mask = padded(SEQUENCES, 2, 2, 0)
     exact = reward_model.last_token_scores(model, input_ids, attention_mask)
-    with utils.autocast(CPU, "bf16"):
+    with torch.autocast("cpu", torch.bfloat16):
         scores = reward_model.last_token_scores(model, input_ids, attention_mask)
     assert scores.dtype == torch.float32 and not torch.equal(scores, exact)
     assert not torch.equal(scores, scores.bfloat16().float())  # the head itself is not rounded to bf16
@@ -339,11 +338,11 @@ def test_it_learns_that_longer_is_better(options, tmp_path, tokenizer):
         short, long = sorted(generator.choice(np.arange(1, 12), 2, replace=False))
         rows.append({"prompt": text(3), "chosen": text(long), "rejected": text(short)})
     options |= {"dataset": write_jsonl(tmp_path / "train.jsonl", rows[:256]), "batch_size": 32, "micro_batch_size": 32}
-    options |= {"eval_dataset": write_jsonl(tmp_path / "test.jsonl", rows[256:]), "num_epochs": 6, "max_grad_norm": 1.0}
+    options |= {"eval_dataset": write_jsonl(tmp_path / "test.jsonl", rows[256:]), "max_grad_norm": 1.0}
     accuracy = {}
-    for lr in (0.0, 0.01):
+    for lr, num_epochs in [(0.0, 1), (0.01, 6)]:
         folder = str(tmp_path / f"lr{lr}")
-        reward_model.main(reward_model.Args(**options | {"lr": lr, "output_dir": folder}))
+        reward_model.main(reward_model.Args(**options | {"lr": lr, "num_epochs": num_epochs, "output_dir": folder}))
         accuracy[lr] = read_jsonl(f"{folder}/metrics.jsonl")[-1]["eval/rm/accuracy"]
     assert accuracy[0.01] > 0.95 and accuracy[0.0] < 0.8
     model = load(f"{tmp_path / 'lr0.01'}/model")

@@ -336,6 +336,14 @@ def test_lr_zero_changes_nothing_and_held_out_loss_is_the_same_mean(options, dat
     assert all(torch.equal(after.state_dict()[name], weight) for name, weight in before.state_dict().items())
 
 
+def test_the_logged_loss_of_several_steps_is_the_mean_over_their_tokens(options, dataset):
+    """Not the mean of the steps' means: the batches hold unequal numbers of tokens."""
+    options |= {"lr": 0.0, "log_every": 3, "eval_dataset": dataset}
+    sft.main(sft.Args(**options))
+    [line] = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
+    assert line["train/sft/loss"] == pytest.approx(line["eval/sft/loss"], rel=1e-5)  # one epoch, each row once
+
+
 def test_held_out_rows_are_not_trained_on(options, tmp_path, monkeypatch):
     rows = [{"prompt": a, "completion": b} for a in "abcdefgh" for b in "uvwxyz"]  # 48, all different
     options |= {"dataset": write_jsonl(tmp_path / "many.jsonl", rows), "batch_size": 16, "micro_batch_size": 16}

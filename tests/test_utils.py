@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_means_over_micro_batches_are_means_over_entries():
     means = utils.Means()
     means.add("a", torch.tensor([1.0, NAN]), torch.tensor([True, False]))
     means.add("a", torch.tensor([4.0, 4.0, 4.0]))
-    means.add_pair("b", torch.tensor([6.0, 4.0]))
+    means.add("b", torch.tensor([1.0, 2.0, 1.5, 1.5]))
     means.add("nothing", torch.tensor([NAN]), torch.tensor([False]))
     assert means.reduce() == {"a": 13 / 4, "b": 1.5, "nothing": 0.0}  # a mean of means would give 2.5 for a
     means.add("a", torch.tensor([7.0]))
@@ -104,8 +105,8 @@ def test_means_keep_no_graph():
     means = utils.Means()
     x = torch.ones(3, requires_grad=True)
     means.add("a", x * 2)
-    means.add_pair("b", torch.stack([(x * 2).sum(), torch.tensor(3.0)]))
-    assert means.reduce() == {"a": 2.0, "b": 2.0}
+    assert not any(pair.requires_grad for pair in means.sums.values())
+    assert means.reduce() == {"a": 2.0}
 
 
 def test_seeded_depends_on_the_key_alone():
@@ -178,10 +179,7 @@ def write_rows(path, rows=ROWS):
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     return str(path)
 
 
@@ -214,8 +212,9 @@ def test_load_rows_says_what_is_wrong(tmp_path):
     for content in ("", "\n \n"):
         (tmp_path / "empty.jsonl").write_text(content)
         refused("empty.jsonl: .*empty", utils.load_rows, str(tmp_path / "empty.jsonl"), COLUMNS)
-    empty = write_rows(tmp_path / "empty.json", [])
-    refused("empty.json: .*", utils.load_rows, empty, COLUMNS)
+    refused("empty.json: ", utils.load_rows, write_rows(tmp_path / "empty.json", []), COLUMNS)
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")  # columns, and no row
+    refused("empty.parquet: .*empty", utils.load_rows, str(tmp_path / "empty.parquet"), COLUMNS)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n')
     refused("broken.jsonl: cannot be read", utils.load_rows, str(tmp_path / "broken.jsonl"), COLUMNS)
     (tmp_path / "notes.txt").write_text("text")
@@ -351,6 +350,13 @@ def test_a_run_folder_holds_arguments_metrics_and_complete_checkpoints(tmp_path)
     assert {"torch", "transformers"} <= set(record["versions"])
     assert metric_lines(run.folder)[1] == {"step": 2, "train/sft/loss": 1.0, "eval/sft/loss": 3.0}
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step_000002.pt"]
+
+
+def test_a_machine_without_git_can_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    utils.Run(Args(output_dir=str(tmp_path / "run")), ONE, "sft")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert not record["commit"]
 
 
 def test_an_existing_run_folder_is_refused_and_left_alone(tmp_path):
