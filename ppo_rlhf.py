@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, StaticCache
 
-from utils import Means, Run, UserError, all_gather, check_divides, clock, init_ranks, launch
+from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch
 from utils import load_function, load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
 from utils import save_pretrained, seeded, whiten, wrap
 
@@ -46,7 +46,7 @@ class Args:
     reward_model: str | None = None
     """scores responses, and is where the critic starts; none, and no --reward_fn: the newest run of reward_model.py"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns) -> list of floats; the critic starts from --model"""
+    """path/to/file.py:function(prompts, responses, **columns) -> one number a response, which may be empty"""
     monitor_fn: str | None = None
     """a function like --reward_fn that is logged as monitor/<name> and never trained on: shows over-optimisation"""
     dataset: str = "data/randomwalks/prompts.jsonl"
@@ -55,7 +55,7 @@ class Args:
     """the run folder, which must not exist yet; none: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
     """seeds the order of prompts, the sampling and the minibatches"""
-    total_episodes: int = 5120
+    total_episodes: int = 3840
     """responses sampled in all; a multiple of batch_size"""
     batch_size: int = 128
     """responses per update, over all ranks"""
@@ -91,7 +91,7 @@ class Args:
     """a new value counts at most this far from the old one, in score units"""
     vf_coef: float = 0.1
     """weight of the value loss"""
-    missing_eos_score: float | None = -1.0
+    missing_eos_score: float | Literal["none"] = -1.0
     """score of a response that has no EOS, whatever the reward model says; none: the reward model decides"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
@@ -123,13 +123,9 @@ def predicting(x, response_length):
 
 def response_logits(policy, input_ids, attention_mask, response_length, forbidden):
     """Logits (B,R,V) that predict the response's tokens; -inf for the ids that are never sampled."""
-    logits = policy(
-        input_ids.masked_fill(attention_mask == 0, 0),
-        attention_mask=attention_mask.long(),
-        position_ids=positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-    ).logits
+    inputs = {"attention_mask": attention_mask.long(), "position_ids": positions(attention_mask), "use_cache": False}
+    input_ids = input_ids.masked_fill(attention_mask == 0, 0)
+    logits = policy(input_ids, **inputs, logits_to_keep=response_length + 1).logits
     return predicting(logits, response_length).masked_fill(forbidden, -math.inf)
 
 
@@ -142,12 +138,9 @@ def score_head(model, hidden):
 
 def last_hidden(model, input_ids, attention_mask):
     """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
-    return model.base_model(
-        input_ids.masked_fill(attention_mask == 0, 0),
-        attention_mask=attention_mask.long(),
-        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
+    inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return model.base_model(input_ids.masked_fill(attention_mask == 0, 0), **inputs).last_hidden_state
 
 
 def last_token_scores(model, input_ids, attention_mask):
@@ -174,10 +167,6 @@ class ActorCritic(torch.nn.Module):
         logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
         hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
         return logprobs, entropy, score_head(self.critic, hidden)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
 
 
 def forbidden_ids(policy, tokenizer, stop_ids):
@@ -213,7 +202,7 @@ def generate(
 ):
     """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache.
 
-    query_mask (B,P) is True at real tokens, wherever they are. uniforms (B,R) in [0,1) fix the sample: the same block
+    Queries are left padded, query_mask (B,P) is True at real tokens. uniforms (B,R) in [0,1) fix the sample: the same block
     gives the same tokens on any number of ranks. A row ends at its first stop id and is pad_id behind it; when every
     row has ended the loop stops early. forbidden (V,) is True for ids that are never sampled. step: `decode_step` or a
     compiled form of it. cache: a StaticCache of at least P + R slots to use again, so compiled graphs stay valid.
@@ -328,19 +317,18 @@ class AdaptiveKLController:
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS.
-
-    Were pad equal to EOS, whoever masks padding by its id would also mask the EOS that the model must learn to say.
-    """
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
+    padding by its id would also mask the EOS that the model must learn to say."""
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, with long texts
+        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = {tokenizer.unk_token, *tokenizer.get_added_vocab()} - {None, tokenizer.eos_token, tokenizer.bos_token}
-        tokenizer.add_special_tokens({"pad_token": min(unused, key=str.lower) if unused else "[PAD]"})
+        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
     return tokenizer
 
 
@@ -351,6 +339,8 @@ def encode_prompt(tokenizer, prompt):
         plain = tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
+    elif tokenizer.chat_template is None:
+        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -392,14 +382,22 @@ def left_pad(sequences, length, pad_id, device):
 def call_reward_fn(function, rows, responses, device):
     """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    scores = list(function([row["prompt"] for row in rows], responses, **columns))
-    name = getattr(function, "__name__", "reward function")
-    if len(scores) != len(responses):
-        raise UserError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
-    for score, response in zip(scores, responses, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"{name} returned {score} for the response {response!r}")
-    return torch.tensor(scores, dtype=torch.float32, device=device)
+    scores, name = function([row["prompt"] for row in rows], responses, **columns), function.__name__
+    count = len(scores) if hasattr(scores, "__len__") else scores
+    if count != len(responses):
+        raise UserError(f"{name} returned {count} scores for {len(responses)} responses")
+    for score, response in zip(scores, responses):
+        if not isinstance(score, (int, float, torch.Tensor)) or not math.isfinite(score):
+            raise UserError(f"{name} returned {score!r} for the response {response!r}")
+    return torch.tensor([float(score) for score in scores], device=device)
+
+
+def load_reward_fn(spec, flag, prompts):
+    """The function, or None; asked at once about two empty responses, so that its mistakes show before anything runs."""
+    function = load_function(spec, flag) if spec else None
+    if function:
+        call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
+    return function
 
 
 def show_samples(run, update, prompts, texts, scores, kl):
@@ -423,13 +421,16 @@ def check_flags(args):
         raise UserError(f"--temperature {args.temperature}: PPO samples, so it must be above 0")
 
 
-def load_models(args, tokenizer, device):
-    """(policy, reference, critic, reward_model). Reference and reward model are frozen; the critic starts as the reward
-    model, or, where a function gives the scores, as the policy's trunk with a head of zeros."""
+def load_models(args, tokenizer, num_positions, device):
+    """(policy, reference, critic, reward_model). The critic starts as the reward model, else as --model with zero head."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     critic, headless = load_pretrained(
         AutoModelForSequenceClassification, args.reward_model or args.model, ["score.weight"], num_labels=1
     )
+    if num_positions > getattr(policy.config, "max_position_embeddings", num_positions):
+        raise UserError(
+            f"--response_length: prompt and response need {num_positions} positions, more than the model has"
+        )
     if args.reward_model and headless:
         raise UserError(f"--reward_model {args.reward_model}: not a reward model: it lacks the weights {headless[0]}")
     if headless:
@@ -448,20 +449,21 @@ def main(args):
     # Everything that can be refused is refused before a model is loaded or a file is written.
     args = prepare(args)
     check_flags(args)
-    reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
-    monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
     args.model = args.model or newest_run("sft")
-    args.reward_model = args.reward_model or (None if reward_fn else newest_run("reward_model"))
+    args.reward_model = args.reward_model or (None if args.reward_fn else newest_run("reward_model"))
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
+    reward_fn = load_reward_fn(args.reward_fn, "--reward_fn", prompts)
+    monitor_fn = load_reward_fn(args.monitor_fn, "--monitor_fn", prompts)
+    P, R = max(len(ids) for ids, _ in prompts), args.response_length
 
     ranks = init_ranks()
     device = ranks.device
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
-    policy, reference, critic, reward_model = load_models(args, tokenizer, device)
+    policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
     actor_critic = ActorCritic(policy, critic)
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
@@ -471,16 +473,16 @@ def main(args):
     if args.compile:
         step = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    B, R = args.batch_size // ranks.world_size, args.response_length
+    B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    P = max(len(ids) for ids, _ in prompts)
     cache = StaticCache(config=policy.config, max_cache_len=P + R)
     stop_ids, pad_id = torch.tensor([tokenizer.eos_token_id], device=device), tokenizer.pad_token_id
     forbidden = forbidden_ids(policy, tokenizer, stop_ids)
     sampling = {"forbidden": forbidden, "step": step, "cache": cache}
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     num_updates = args.total_episodes // args.batch_size
-    run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
+    run, means, done, metrics = Run(args, ranks, "ppo_rlhf"), Means(), 0, {}
+    shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg", "eps"]
     if args.resume:
         state = run.load_checkpoint()
         actor_critic.load_state_dict(state["model"])
@@ -513,7 +515,7 @@ def main(args):
         if reward_fn:
             scores = call_reward_fn(reward_fn, rows, texts, device)
         has_eos = (torch.isin(responses, stop_ids) & mask).any(1)
-        if args.missing_eos_score is not None:
+        if args.missing_eos_score not in (None, "none"):
             scores = torch.where(has_eos, scores, args.missing_eos_score)
         rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
         scored = clock(device)
@@ -572,17 +574,8 @@ def main(args):
         metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
-        is_last = update == num_updates
-        shown = [
-            "objective/scores",
-            "objective/kl",
-            "val/sequence_lengths",
-            "val/has_eos",
-            "policy/clipfrac_avg",
-            "eps",
-        ]
         run.log(update, metrics, show=[*shown, *(key for key in metrics if key.startswith("monitor/"))])
-        if ranks.rank == 0 and (update % args.sample_every == 0 or is_last or update == 1):
+        if ranks.rank == 0 and (update % args.sample_every == 0 or update in (1, num_updates)):
             show_samples(run, update, [row["prompt"] for row in rows], texts, scores, kl)
         if args.save_every and update % args.save_every == 0:
             state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict()}
@@ -591,7 +584,7 @@ def main(args):
     if ranks.rank == 0:
         save_pretrained(run.folder / "critic", critic, tokenizer)
         save_pretrained(run.folder / "model", policy, tokenizer)
-        print(f"\nmean score    {metrics['objective/scores']:.4f} at a KL of {metrics['objective/kl']:.2f} nats")
+        print("\nlast update   " + ", ".join(f"{key} {metrics.get(key, math.nan):.4f}" for key in shown[:2]))
         print(f"model folder  {run.folder / 'model'}")
         print(f"next          python benchmarks/evaluate.py --model {run.folder / 'model'} --ref_model {args.model}")
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import Means, Run, UserError, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_pretrained, load_rows
 from utils import newest_run, prepare, progress, save_pretrained, seeded, wrap
 
 
@@ -45,7 +45,7 @@ class Args:
     """the run folder, which must not exist yet; none: runs/reward_model__<seed>__<time>"""
     seed: int = 1
     """seeds the head, the held-out rows and the order of the rows"""
-    num_epochs: int = 2
+    num_epochs: int = 1
     """passes over the rows"""
     batch_size: int = 64
     """pairs per optimizer step, over all ranks"""
@@ -53,7 +53,7 @@ class Args:
     """pairs per forward and backward on one rank: a memory knob, without effect on the objective"""
     max_length: int = 512
     """tokens of prompt and response together; pairs with a longer side are left out and counted"""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """learning rate of the first step; decays linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
@@ -88,12 +88,9 @@ def score_head(model, hidden):
 
 def last_hidden(model, input_ids, attention_mask):
     """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
-    return model.base_model(
-        input_ids.masked_fill(attention_mask == 0, 0),
-        attention_mask=attention_mask.long(),
-        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
+    inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return model.base_model(input_ids.masked_fill(attention_mask == 0, 0), **inputs).last_hidden_state
 
 
 def last_token_scores(model, input_ids, attention_mask):
@@ -133,19 +130,18 @@ def preference_loss(chosen_scores, rejected_scores, margin=None):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS.
-
-    Were pad equal to EOS, whoever masks padding by its id would also mask the EOS that the model must learn to say.
-    """
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
+    padding by its id would also mask the EOS that the model must learn to say."""
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, with long texts
+        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = {tokenizer.unk_token, *tokenizer.get_added_vocab()} - {None, tokenizer.eos_token, tokenizer.bos_token}
-        tokenizer.add_special_tokens({"pad_token": min(unused, key=str.lower) if unused else "[PAD]"})
+        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
     return tokenizer
 
 
@@ -156,6 +152,8 @@ def encode_prompt(tokenizer, prompt):
         plain = tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
+    elif tokenizer.chat_template is None:
+        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -189,7 +187,9 @@ def encode_comparisons(rows, tokenizer, args, path):
     """[(chosen_ids, rejected_ids, margin)] of the rows that fit; margin is 0 where there is none."""
     has_margin = args.use_margin and "margin" in rows.column_names
     encoded = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if has_margin and row["margin"] is None:
+            raise UserError(f"{path}: row {number}: margin is empty; fill it or drop the column")
         sides = [encode_pair(tokenizer, row.get("prompt", ""), row[side]) for side in ("chosen", "rejected")]
         encoded.append((*sides, float(row["margin"]) if has_margin else 0.0))
     kept = [pair for pair in encoded if max(len(pair[0]), len(pair[1])) <= args.max_length]
@@ -292,7 +292,7 @@ def main(args):
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
-    run, means, done, size = Run(args, ranks, "reward_model"), Means(), 0, args.micro_batch_size
+    run, means, metrics, done, size = Run(args, ranks, "reward_model"), Means(), {}, 0, args.micro_batch_size
     if args.resume:
         state = run.load_checkpoint()
         model.load_state_dict(state["model"])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import Means, Run, UserError, all_sum, check_divides, init_ranks, launch, load_pretrained, load_rows
+from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_pretrained, load_rows
 from utils import prepare, progress, save_pretrained, seeded, wrap
 
 
@@ -37,7 +37,7 @@ class Args:
     """the run folder, which must not exist yet; none: runs/sft__<seed>__<time>"""
     seed: int = 1
     """seeds the initial weights, the held-out rows and the order of the rows"""
-    num_epochs: int = 20
+    num_epochs: int = 10
     """passes over the rows"""
     batch_size: int = 50
     """rows per optimizer step, over all ranks"""
@@ -87,19 +87,18 @@ def token_loss(logits, labels):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS.
-
-    Were pad equal to EOS, whoever masks padding by its id would also mask the EOS that the model must learn to say.
-    """
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
+    padding by its id would also mask the EOS that the model must learn to say."""
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, with long texts
+        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = {tokenizer.unk_token, *tokenizer.get_added_vocab()} - {None, tokenizer.eos_token, tokenizer.bos_token}
-        tokenizer.add_special_tokens({"pad_token": min(unused, key=str.lower) if unused else "[PAD]"})
+        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
     return tokenizer
 
 
@@ -110,6 +109,8 @@ def encode_prompt(tokenizer, prompt):
         plain = tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
+    elif tokenizer.chat_template is None:
+        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -140,7 +141,7 @@ def encode_demonstrations(rows, tokenizer, max_length, path):
             turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
             pairs = [(row["messages"][:i], row["messages"][i : i + 1]) for i in turns]
         else:
-            pairs = [(row["prompt"], row["completion"])] if "prompt" in rows.column_names else [("", row["text"])]
+            pairs = [(row["prompt"], row["completion"])] if "completion" in rows.column_names else [("", row["text"])]
         for prompt, completion in pairs:
             query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
             encoded.append((query + response, [-100] * len(query) + response))
@@ -184,13 +185,13 @@ def forward(model, input_ids, attention_mask):
 @torch.no_grad()
 def held_out_loss(model, rows, args, pad_id, ranks):
     """Mean loss per completion token, in nats, over all rows and ranks."""
-    totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    means = Means()
     for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
         input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-            totals += torch.stack(token_loss(forward(model, input_ids, attention_mask), labels))
-    loss_sum, token_count = all_sum(totals).tolist()
-    return loss_sum / token_count
+            loss_sum, token_count = token_loss(forward(model, input_ids, attention_mask), labels)
+        means.add("loss", loss_sum / token_count, token_count)
+    return means.reduce()["loss"]
 
 
 def main(args):
@@ -222,7 +223,7 @@ def main(args):
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
-    run, means, done, size = Run(args, ranks, "sft"), Means(), 0, args.micro_batch_size
+    run, means, metrics, done, size = Run(args, ranks, "sft"), Means(), {}, 0, args.micro_batch_size
     if args.resume:
         state = run.load_checkpoint()
         model.load_state_dict(state["model"])
@@ -236,20 +237,14 @@ def main(args):
         num_tokens = sum(label != -100 for _, labels in batch for label in labels[1:])  # of all ranks
 
         # 2. loss
-        parts, step_loss = (
-            micro_batches(batch, lambda row: len(row[0]), ranks, size),
-            torch.zeros((), device=ranks.device),
-        )
+        parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
         for k, part in enumerate(parts, start=1):
             input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
             train_model.require_backward_grad_sync = k == len(parts)
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-                loss_sum, _ = token_loss(forward(train_model, input_ids, attention_mask), labels)
-                loss = loss_sum * ranks.world_size / num_tokens  # ranks average: times their number is the sum
-                loss.backward()
-            step_loss += loss.detach()
-
-        means.add("train/sft/loss", step_loss)
+                loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
+                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
+            means.add("train/sft/loss", loss_sum / token_count, token_count)
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)

@@ -1,11 +1,12 @@
 """Plumbing shared by the scripts: ranks, seeds, masked statistics, data files, run folders. The algorithms are not here."""
 
+import atexit
 import collections
 import hashlib
 import importlib.util
 import json
 import os
-import subprocess
+import shutil
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -32,9 +33,6 @@ def launch(main, args):
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def init_ranks():
@@ -46,6 +44,7 @@ def init_ranks():
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -73,14 +72,6 @@ def check_divides(divisor, number, what):
         raise UserError(f"{what}: {number} cannot be divided evenly by {divisor}")
 
 
-def all_sum(x):
-    """The sum of a tensor over ranks (a new tensor); the tensor itself without a process group."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
 def all_gather(x):
     """Concatenate a tensor of equal shape on every rank along dim 0, in rank order."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
@@ -89,70 +80,76 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def masked_mean(x, mask):
     """Mean over the True entries of `mask` on all ranks: 0-d, without gradient; 0 for an empty mask. x may be NaN behind it."""
-    total, count = all_sum(torch.stack([torch.where(mask, x, 0).double().sum(), mask.double().sum()]))
-    return (total / count.clamp(min=1)).to(x.dtype)
+    pair = torch.stack([torch.where(mask, x.detach(), 0).double().sum(), mask.double().sum()])
+    if dist.is_initialized():
+        dist.all_reduce(pair)
+    return (pair[0] / pair[1].clamp(min=1)).to(x.dtype)
 
 
 @torch.no_grad()
 def whiten(x, mask, shift_mean=True):
-    """Zero mean and unit (biased) variance over the True entries of all ranks; 0 behind the mask. Finite for any mask.
-    `shift_mean=False` only scales. (Whitening on each rank alone would make the objective depend on the hardware.)"""
+    """Zero mean (shift_mean False: the old mean) and unit biased variance over the True entries of all ranks; 0 elsewhere."""
     x64 = torch.where(mask, x, 0).double()
     mean = masked_mean(x64, mask)
     variance = masked_mean((x64 - mean) ** 2, mask)
     return torch.where(mask, (x64 - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean), 0).to(x.dtype)
 
 
-class Means:
+class Means(dict):
     """Exact means by name over micro-batches and ranks: fp64 sums and counts stay on the device until one reduction."""
 
-    def __init__(self):
-        self.sums = {}
-
-    @torch.no_grad()
     def add(self, name, x, mask=None):
-        """Add the True entries of `x` (all of them without a mask) to the mean called `name`."""
+        """Add the entries of `x` where `mask` is True (without a mask: all) to the mean `name`; a number there is a weight."""
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        pair = torch.stack([torch.where(mask, x, 0).double().sum(), mask.double().sum()])
-        self.sums[name] = self.sums.get(name, 0) + pair
+        pair = torch.stack([(torch.where(mask.bool(), x.detach(), 0).double() * mask).sum(), mask.double().sum()])
+        self[name] = self.get(name, 0) + pair
 
     def reduce(self):
         """{name: float} over all ranks, and start again. Every rank must have added the same names."""
-        names, sums, self.sums = sorted(self.sums), self.sums, {}
-        total, count = all_sum(torch.stack([sums[name] for name in names])).unbind(1)
-        return dict(zip(names, (total / count.clamp(min=1)).tolist(), strict=True))
+        names = sorted(self)
+        pairs = torch.stack([self.pop(name) for name in names])
+        if dist.is_initialized():
+            dist.all_reduce(pairs)
+        return dict(zip(names, (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist(), strict=True))
 
 
 def load_rows(path, columns):
-    """A datasets.Dataset from a .json, .jsonl or .parquet file, a folder of them, or a Hub name (its train split).
-    columns: groups of column names, at least one of which the data must have."""
+    """A datasets.Dataset that has one of the groups of text columns: a .json(l) or .parquet file, a folder, a Hub name."""
+    check_path(path)
     datasets.disable_progress_bars()
     local, source = Path(path), {"path": path}
     if local.exists():
-        files = [local] if local.is_file() else sorted(local.glob("*.json*")) or sorted(local.glob("*.parquet"))
-        if not any(file.read_bytes().strip() for file in files):
-            raise UserError(f"{path}: the data set is empty: no row in any .json, .jsonl or .parquet file")
-        source["path"] = "parquet" if files[0].suffix == ".parquet" else "json"
-        source["data_files"] = [str(file) for file in files]
-    elif not is_hub_name(path):
-        raise UserError(f"{path}: no such file or folder")
+        suffixes = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+        files = [local] if local.is_file() else sorted(file for file in local.iterdir() if file.suffix in suffixes)
+        kinds = {suffixes.get(file.suffix, "json") for file in files}
+        if len(kinds) != 1 or not any(file.read_bytes().strip() for file in files):
+            raise UserError(
+                f"{path}: empty: no row in any .json, .jsonl or .parquet file (or both kinds in one folder)"
+            )
+        source = {"path": kinds.pop(), "data_files": [str(file) for file in files]}
     try:
         rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # the library raises many kinds; the first line of each says what happened
-        raise UserError(f"{path}: cannot be read as a data set: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path}: cannot be read as a data set: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     if not any(set(group) <= set(rows.column_names) for group in columns):
-        wanted, present = " or ".join("+".join(group) for group in columns), ", ".join(rows.column_names)
-        raise UserError(f"{path}: needs the columns {wanted}; it has {present}")
+        wanted = " or ".join(map("+".join, columns))
+        raise UserError(f"{path}: needs the columns {wanted}; it has {', '.join(rows.column_names)}")
+    for name in sorted(set().union(*columns) & set(rows.column_names)):
+        for number, cell in enumerate(rows[name], start=1):
+            if not isinstance(cell, (str, list)):
+                raise UserError(f"{path}: row {number}: {name} is {cell!r}, neither a text nor a list of messages")
     return rows
 
 
-def is_hub_name(path):
-    """Whether a path that does not exist here may be `name` or `owner/name` on the Hub."""
+def check_path(path):
+    """Refuse, without asking the Hub, a path that is not here and cannot be `name` or `owner/name` there."""
     is_local = path.startswith((".", "/", "~", "runs/", "data/")) or path.endswith((".json", ".jsonl", ".parquet"))
-    return path.count("/") <= 1 and not is_local
+    if not Path(path).exists() and (is_local or path.count("/") > 1):
+        raise UserError(f"{path}: no such file or folder")
 
 
 def load_function(spec, flag):
@@ -173,20 +170,20 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
     weights are an error unless their names end with an entry of `may_miss`. A config alone gives random weights."""
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
+    check_path(path)
     folder = Path(path)
-    if not (folder / "config.json").is_file() and (folder.exists() or not is_hub_name(path)):
-        raise UserError(f"{path}: not a model folder: there is no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         # For nn.Dropout and for the floats that are handed to attention kernels alike.
         config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float})
         if folder.exists() and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{path} holds a config and no weights: starting from random weights", flush=True)
+            print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
         model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds: a broken file, another shape, a Hub that does not answer
+        raise UserError(
+            f"{path}: cannot be loaded as a model: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     missing = sorted(info["missing_keys"])
     if not all(name.endswith(tuple(may_miss)) for name in missing):
         raise UserError(f"{path}: not a model of this kind: it lacks the weights {', '.join(missing[:3])}")
@@ -202,8 +199,10 @@ def newest_run(script):
 
 
 def prepare(args):
-    """The arguments to run with: with --resume those of that run (another flag that differs is an error), else as given
-    (the run folder must not exist yet). Called before anything is loaded or written."""
+    """The arguments to run with, before anything is loaded or written: as given, or with --resume those of that run."""
+    for field in fields(args):
+        if field.type is int and field.name not in ("seed", "save_every") and getattr(args, field.name) < 1:
+            raise UserError(f"--{field.name} {getattr(args, field.name)}: must be at least 1")
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
     if args.resume is None and args.output_dir and Path(args.output_dir).exists():
@@ -211,9 +210,11 @@ def prepare(args):
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    if not path.is_file():
-        raise UserError(f"--resume {args.resume}: not a run folder: it holds no args.json")
-    saved = json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
+    if not path.is_file() or (path.parent / "model").exists():
+        raise UserError(
+            f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'it holds no args.json'}"
+        )
+    saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     for field in fields(args):
         if getattr(args, field.name) not in (field.default, saved[field.name]):
             raise UserError(f"--resume {args.resume}: --{field.name} differs from that run's own; leave it out")
@@ -230,6 +231,7 @@ def save_pretrained(folder, *parts):
     """Write models and tokenizers into one folder that appears complete or not at all."""
     for part in parts:
         part.save_pretrained(f"{folder}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped between its last two folders
     os.rename(f"{folder}.tmp", folder)
 
 
@@ -237,7 +239,7 @@ class Run:
     """One run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Only rank 0 writes."""
 
     def __init__(self, args, ranks, script):
-        self.is_main, self.script, self.track = ranks.rank == 0, script, lambda step, metrics: None
+        self.is_main, self.script, self.track = ranks.rank == 0, script, lambda metrics, step: None
         name = [args.output_dir or f"runs/{script}__{args.seed}__{int(time.time())}"]
         if dist.is_initialized():
             dist.broadcast_object_list(name)
@@ -249,12 +251,11 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True)
             (self.folder / "args.json").write_text(json.dumps(record, indent=2) + "\n")
         if args.track == "wandb":
-            wandb = importlib.import_module("wandb")
-            run = wandb.init(project="rlhf", name=self.folder.name, dir=str(self.folder), config=record)
-            self.track = lambda step, metrics: run.log(metrics, step=step)
+            options = {"project": "rlhf", "name": self.folder.name, "dir": str(self.folder), "config": record}
+            self.track = importlib.import_module("wandb").init(**options).log
         elif args.track == "tensorboard":
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
-            self.track = lambda step, metrics: [writer.add_scalar(key, metrics[key], step) for key in metrics]
+            self.track = lambda metrics, step: [writer.add_scalar(key, metrics[key], step) for key in metrics]
         print(f"{script}: writing to {self.folder}", flush=True)
 
     def log(self, step, metrics, show=()):
@@ -262,7 +263,7 @@ class Run:
         if not self.is_main:
             return
         self.append("metrics.jsonl", [{"step": step, **metrics}])
-        self.track(step, metrics)
+        self.track(metrics, step)
         label = {key: ("eval " if key.startswith("eval/") else "") + key.split("/")[-1] for key in show}
         cells = [f"{label[key]} {metrics[key]:<8.4g}" if key in metrics else " " * len(label[key]) for key in show]
         tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
@@ -292,9 +293,8 @@ class Run:
 
 def environment():
     """What a reader needs to run the same thing again: commit, whether the tree was clean, versions, hardware."""
-    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    commit, _, dirty = done.stdout.strip().partition("-")
+    describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null"
+    commit, _, dirty = os.popen(describe).read().strip().partition("-")
     versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {"commit": commit, "dirty": bool(dirty), "versions": versions, "device": device}

@@ -55,10 +55,9 @@ from ppo_rlhf import (
 from reward_model import collate, encode_pair
 from utils import (
     UserError,
-    autocast,
     environment,
     init_ranks,
-    is_hub_name,
+    check_path,
     launch,
     load_function,
     load_pretrained,
@@ -227,7 +226,7 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
             "length": mask.sum(1).tolist(),
             "has_eos": (torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask).any(1).tolist(),
         }
-        with torch.no_grad(), autocast(device, args.precision):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
             scores = {key: scorer(rows, texts, input_ids, attention_mask).tolist() for key, scorer in scorers.items()}
             if reference is not None:
                 ref_logits = response_logits(reference, input_ids, attention_mask, R, ref_forbidden)
@@ -285,7 +284,7 @@ def pair_accuracy(path, name, rows, args, ranks):
     for step in progress(0, -(-len(kept) // args.batch_size), ranks, f"pairs {name}"):
         part = kept[(step - 1) * args.batch_size : step * args.batch_size]
         sequences = [sides[i] for i in (0, 1) for sides, _, _ in part]
-        with torch.no_grad(), autocast(ranks.device, args.precision):
+        with torch.no_grad(), torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             batch = collate(sequences, tokenizer.pad_token_id, len(sequences), ranks.device)
             chosen_scores, rejected_scores = last_token_scores(model, *batch).chunk(2)
         wins += (0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores)).tolist()
@@ -361,8 +360,8 @@ def check_args(args):
     if args.best_of_n and not args.reward_models and not args.reward_fns:
         raise UserError("--best_of_n: needs --reward_models or --reward_fns to pick with")
     for path in [args.model, args.ref_model, *args.reward_models]:
-        if path and not Path(path).is_dir() and not is_hub_name(path):
-            raise UserError(f"{path}: no such model folder")
+        if path:
+            check_path(path)
 
 
 def main(args):

@@ -330,7 +330,7 @@ def test_names_of_scorers(world, tmp_path):
     "options, message",
     [
         ({}, "--model: name the policy"),
-        ({"model": "./nowhere"}, "./nowhere: no such model folder"),
+        ({"model": "./nowhere"}, "./nowhere: no such file or folder"),
         ({"model": "{folder}"}, "tokenizer"),
         ({"model": "{judge}"}, "a reward model, not a language model"),
         ({"model": "{policy}", "reward_models": ("{reference}",)}, "not a reward model"),
@@ -372,7 +372,7 @@ def test_runs_as_a_script_from_the_root():
     command = [sys.executable, "benchmarks/evaluate.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: ./nowhere: no such model folder\n"
+    assert done.stderr == "error: ./nowhere: no such file or folder\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

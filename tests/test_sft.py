@@ -166,11 +166,11 @@ def test_long_rows_are_left_out_and_counted(tokenizer, capsys):
 def test_pad_is_never_eos(tmp_path, pad_token, spare):
     tokenizer = build_tokenizer(pad_token)
     if spare:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<spare>"]})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
     tokenizer.save_pretrained(tmp_path)
     loaded = sft.load_tokenizer(str(tmp_path))
     assert loaded.pad_token_id not in (None, loaded.eos_token_id) and loaded.eos_token_id == EOS
-    assert loaded.pad_token == ("<spare>" if spare else "[PAD]")
+    assert loaded.pad_token == ("<|reserved_0|>" if spare else "[PAD]")
     encoded = encode([{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "b"}], loaded)
     labels = sft.collate_labelled(encoded, loaded.pad_token_id, 2, CPU)[1]
     assert (labels == EOS).sum() == 2 and (labels == loaded.pad_token_id).sum() == 0
@@ -430,10 +430,10 @@ def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch):
 def test_resuming_a_finished_run_changes_nothing(options, tmp_path, capsys):
     sft.main(sft.Args(**options | {"save_every": 3}))
     before = weights(tmp_path / "run")
-    try:
-        utils.launch(sft.main, sft.Args(resume=str(tmp_path / "run")))  # nothing left to do, or one line that says so
-    except SystemExit as ended:
-        assert ended.code == 1 and capsys.readouterr().err.startswith("error: ")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        utils.launch(sft.main, sft.Args(resume=str(tmp_path / "run")))
+    assert ended.value.code == 1 and capsys.readouterr().err.startswith("error: ")
     assert weights(tmp_path / "run") == before
 
 
