@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    source .venv/bin/activate
+    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 fi
 installed="$VIRTUAL_ENV/.installed-$(sha256sum <requirements.txt | cut -c1-16)"
 if [ ! -e "$installed" ]; then

@@ -2,8 +2,7 @@
 
 For each update:
     1. rollout      sample a response to each query from the policy
-    2. score        score the whole response (reward model or function); log-probabilities under the policy and under
-                    the frozen reference; values from the critic
+    2. score        the response's score; log-probabilities under policy and frozen reference; values from the critic;
                     reward of token t = -kl_coef * (logprob - ref_logprob), plus the score at the last token
     3. advantages   GAE(gamma, lam) from rewards and values; whitened over the whole batch of all ranks
     4. update       num_epochs passes over num_minibatches minibatches: clipped policy loss + vf_coef * clipped value
@@ -24,6 +23,7 @@ over all ranks together; rewards are not whitened; the optimizer is plain AdamW 
 
 import copy
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +92,7 @@ class Args:
     vf_coef: float = 0.1
     """weight of the value loss"""
     missing_eos_score: float | Literal["none"] = -1.0
-    """score of a response that has no EOS, whatever the reward model says; none: the reward model decides"""
+    """score of a response without EOS in place of its own: sensible where 0 is an average score; none: it keeps its own"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
     compile: bool = torch.cuda.is_available()
@@ -107,8 +107,7 @@ class Args:
     """where metrics go besides metrics.jsonl"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
+# ---- Models ----------------------------------------------------------------------------------------------------------
 
 
 def positions(attention_mask):
@@ -144,11 +143,9 @@ def last_hidden(model, input_ids, attention_mask):
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds.
-
-    model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T). The mask decides
-    which token is the last, never an id, so an EOS that doubles as padding cannot hide the end of a response.
-    """
+    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds: the mask
+    decides which token is the last, so an EOS that doubles as padding cannot hide the end. model: a plain
+    AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
     last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
     hidden = last_hidden(model, input_ids, attention_mask)
     return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
@@ -170,8 +167,7 @@ class ActorCritic(torch.nn.Module):
 
 
 def forbidden_ids(policy, tokenizer, stop_ids):
-    """(V,) bool: ids that no token has (padded embeddings) and the pad id, unless it ends a response. One mask for the
-    sampler, the policy and the reference, so that all three normalise over the same support."""
+    """(V,) bool: ids that no token has, and pad unless it ends a response; for sampler, policy and reference alike."""
     forbidden = torch.arange(policy.config.vocab_size, device=policy.device) >= len(tokenizer)
     forbidden[tokenizer.pad_token_id] |= tokenizer.pad_token_id not in stop_ids
     return forbidden
@@ -185,8 +181,12 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
     logits = logits.float() if forbidden is None else logits.float().masked_fill(forbidden, -math.inf)
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    # A parallel cumsum may step down by a rounding error, and the search then meet an id of probability 0.
+    possible = probabilities.gather(1, tokens) > 0
+    return torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True)).squeeze(1)
 
 
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
@@ -225,12 +225,13 @@ def generate(
             break
         key_mask[:, P + t] = 1
         next_positions = position_ids[:, -1] + 1 + t
-        tokens = step(model, cache, tokens, next_positions, key_mask, uniforms[:, t + 1], temperature, forbidden)
+        tokens = step(
+            model, cache, tokens, next_positions, key_mask, uniforms[:, t + 1], temperature, forbidden
+        ).clone()
     return responses
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
 
 
 def response_mask(responses, stop_ids, min_length=0):
@@ -294,8 +295,7 @@ def value_loss(new_values, values, returns, cliprange_value):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over real tokens of all ranks: 1 is a perfect critic, 0 a constant one."""
-    errors = torch.where(mask, returns - values, 0.0)
-    unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (errors, returns))
+    unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns))
     return 1 - unexplained / variance.clamp(min=1e-8)
 
 
@@ -307,13 +307,11 @@ class AdaptiveKLController:
 
     def update(self, kl, num_episodes):
         """The new coefficient. kl: mean KL of a response in nats; num_episodes: responses behind it; both global."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * num_episodes / self.horizon
+        self.kl_coef *= max(1 + min(max(kl / self.target - 1, -0.2), 0.2) * num_episodes / self.horizon, 0.0)
         return self.kl_coef
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
@@ -381,13 +379,13 @@ def left_pad(sequences, length, pad_id, device):
 
 def call_reward_fn(function, rows, responses, device):
     """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
     scores, name = function([row["prompt"] for row in rows], responses, **columns), function.__name__
     count = len(scores) if hasattr(scores, "__len__") else scores
     if count != len(responses):
         raise UserError(f"{name} returned {count} scores for {len(responses)} responses")
     for score, response in zip(scores, responses):
-        if not isinstance(score, (int, float, torch.Tensor)) or not math.isfinite(score):
+        if not isinstance(score, (numbers.Real, torch.Tensor)) or not math.isfinite(score):
             raise UserError(f"{name} returned {score!r} for the response {response!r}")
     return torch.tensor([float(score) for score in scores], device=device)
 
@@ -402,8 +400,8 @@ def load_reward_fn(spec, flag, prompts):
 
 def show_samples(run, update, prompts, texts, scores, kl):
     """The first responses of this rank into samples.jsonl, and fewer of them as a small table."""
-    columns = ("step", "query", "response", "score", "kl")
-    rows = [dict(zip(columns, (update, *row))) for row in zip(prompts, texts, scores.tolist(), kl.tolist())][:16]
+    rows = zip(prompts[:16], texts, scores.tolist(), kl.tolist())
+    rows = [dict(zip(("step", "query", "response", "score", "kl"), (update, *row))) for row in rows]
     run.append("samples.jsonl", rows)
     tqdm.write(f"{'score':>9} {'kl':>7}  query | response")
     for row in rows[:4]:
@@ -417,16 +415,23 @@ def check_flags(args):
     check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
     if args.reward_model and args.reward_fn:
         raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: PPO samples, so it must be above 0")
+    if args.temperature <= 0 or (args.target_kl_nats is not None and args.target_kl_nats <= 0):
+        raise UserError("--temperature and --target_kl_nats must be above 0")
+
+
+def bf16_copy(policy):
+    """What sampling reads in bf16: parameters in storage that never moves; buffers (rotary frequencies) stay fp32."""
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return sampler
 
 
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, critic, reward_model). The critic starts as the reward model, else as --model with zero head."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    critic, headless = load_pretrained(
-        AutoModelForSequenceClassification, args.reward_model or args.model, ["score.weight"], num_labels=1
-    )
+    source = args.reward_model or args.model
+    critic, headless = load_pretrained(AutoModelForSequenceClassification, source, ["score.weight"], num_labels=1)
     if num_positions > getattr(policy.config, "max_position_embeddings", num_positions):
         raise UserError(
             f"--response_length: prompt and response need {num_positions} positions, more than the model has"
@@ -467,8 +472,7 @@ def main(args):
     actor_critic = ActorCritic(policy, critic)
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    # In bf16, sampling reads one bf16 copy whose storage never moves; in fp32 the policy itself.
-    sampler = copy.deepcopy(policy).requires_grad_(False).bfloat16() if args.precision == "bf16" else policy
+    sampler = policy if args.precision == "fp32" else bf16_copy(policy)
     step = decode_step
     if args.compile:
         step = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -511,7 +515,8 @@ def main(args):
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
         rows = [prompts[i][1] for i in order]
-        texts = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses, mask)]
+        texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
+        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
         if reward_fn:
             scores = call_reward_fn(reward_fn, rows, texts, device)
         has_eos = (torch.isin(responses, stop_ids) & mask).any(1)
@@ -543,7 +548,7 @@ def main(args):
                         pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, old_logprobs, adv, args.cliprange)
                         vf_loss, vf_clipped = value_loss(new_values, old_values, ret, args.cliprange_value)
                         loss_sum = torch.where(real, pg_loss + args.vf_coef * vf_loss, 0.0).sum()
-                        (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
+                    (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
                     means.add("loss/policy_avg", pg_loss, real)
                     means.add("loss/value_avg", vf_loss, real)
                     means.add("policy/approxkl_avg", 0.5 * (new_logprobs - old_logprobs) ** 2, real)
@@ -570,6 +575,8 @@ def main(args):
         if monitor_fn:
             means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
         metrics = means.reduce() | {"kl_coef": controller.kl_coef, "lr": lr, "episode": update * args.batch_size}
+        if not math.isfinite(metrics["optim/grad_norm"]):
+            raise UserError(f"update {update}: the gradient is not finite; lower --lr, or look at the scores")
         metrics |= {"time/rollout": rolled_out - started, "time/score": scored - rolled_out}
         metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
         if args.target_kl_nats:

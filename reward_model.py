@@ -12,9 +12,8 @@ Eight GPUs:      torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft
 
 Shapes: B pairs on this rank, 2B rows (chosen above rejected), T tokens (right padded), d hidden width.
 
-Deviations: the head starts at std 1/sqrt(d + 1) as in OpenAI's code (Stiennon et al. print 1/(d + 1)) and has no bias,
-because the plain sequence-classification class has none; a pair that is longer than `max_length` is left out and
-counted, never cut.
+Deviations: the head, which starts at N(0, 1/(d + 1)), has no bias, because the plain sequence-classification class has
+none; a pair that is longer than `max_length` is left out and counted, never cut.
 """
 
 from dataclasses import dataclass
@@ -75,8 +74,7 @@ class Args:
     """where metrics go besides metrics.jsonl"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 
 def score_head(model, hidden):
@@ -94,11 +92,9 @@ def last_hidden(model, input_ids, attention_mask):
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds.
-
-    model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T). The mask decides
-    which token is the last, never an id, so an EOS that doubles as padding cannot hide the end of a response.
-    """
+    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds: the mask
+    decides which token is the last, so an EOS that doubles as padding cannot hide the end. model: a plain
+    AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
     last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
     hidden = last_hidden(model, input_ids, attention_mask)
     return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
@@ -115,8 +111,7 @@ class Scorer(torch.nn.Module):
         return last_token_scores(self.model, input_ids, attention_mask)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
 
 
 def preference_loss(chosen_scores, rejected_scores, margin=None):
@@ -125,8 +120,7 @@ def preference_loss(chosen_scores, rejected_scores, margin=None):
     return -F.logsigmoid(difference if margin is None else difference - margin)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
@@ -267,14 +261,14 @@ def main(args):
         eval_rows = encode_comparisons(eval_rows, tokenizer, args, args.eval_dataset)
     else:
         order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
-        held_out = len(rows) // 20
-        eval_rows, rows = [rows[i] for i in order[:held_out]], [rows[i] for i in order[held_out:]]
+        eval_rows = [rows[i] for i in order[: len(rows) // 20]]
+        held_out = set(map(repr, eval_rows))
+        rows = [row for row in rows if repr(row) not in held_out]  # no copy of a held-out row either
     beside = Path(args.dataset).with_name("demonstrations.jsonl")
     args.demonstrations = args.demonstrations or (str(beside) if beside.is_file() else None)
-    demonstrations = []
-    if args.demonstrations:
-        demonstrations = load_rows(args.demonstrations, [("prompt", "completion")])
-        demonstrations = [encode_pair(tokenizer, row["prompt"], row["completion"]) for row in demonstrations]
+    demonstrations = load_rows(args.demonstrations, [("prompt", "completion")]) if args.demonstrations else []
+    demonstrations = [encode_pair(tokenizer, row["prompt"], row["completion"]) for row in demonstrations]
+    demonstrations = [ids for ids in demonstrations if len(ids) <= args.max_length]
 
     ranks = init_ranks()
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
@@ -292,7 +286,8 @@ def main(args):
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
-    run, means, metrics, done, size = Run(args, ranks, "reward_model"), Means(), {}, 0, args.micro_batch_size
+    run, means, metrics, done = Run(args, ranks, "reward_model"), Means(), {}, 0
+    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
     if args.resume:
         state = run.load_checkpoint()
         model.load_state_dict(state["model"])
@@ -313,7 +308,7 @@ def main(args):
                 chosen_scores, rejected_scores, margin, mask = scores
                 losses = preference_loss(chosen_scores, rejected_scores, margin)
                 loss_sum = torch.where(mask, losses, 0).sum()
-                (loss_sum * ranks.world_size / len(batch)).backward()  # ranks average: times their number is the sum
+            (loss_sum * ranks.world_size / len(batch)).backward()  # ranks average: times their number is the sum
             means.add("train/rm/loss", losses, mask)
             means.add("train/rm/accuracy", 0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores), mask)
             means.add("train/rm/margin", chosen_scores - rejected_scores, mask)
@@ -325,15 +320,15 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        is_last = step == num_steps
-        evaluates = bool(eval_rows) and (step % args.eval_every == 0 or is_last)
-        if step % args.log_every == 0 or evaluates or is_last:
+        evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
+        saves = args.save_every and step % args.save_every == 0
+        if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "train/rm/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if evaluates:
                 metrics |= held_out_accuracy(scorer, eval_rows, args, tokenizer.pad_token_id, ranks)
             shown = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "eval/rm/loss", "eval/rm/accuracy"]
             run.log(step, metrics, show=["epoch", *shown, "train/rm/lr"])
-        if args.save_every and step % args.save_every == 0:
+        if saves:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     if demonstrations:  # centre
@@ -343,7 +338,7 @@ def main(args):
         print(f"\nheld-out accuracy {metrics.get('eval/rm/accuracy', float('nan')):.4f}")
         print(f"score_mean        {model.config.score_mean:.4f} ({args.demonstrations or 'not centred'})")
         print(f"model folder      {run.folder / 'model'}")
-        print(f"next              python ppo_rlhf.py --reward_model {run.folder / 'model'}")
+        print(f"next              python ppo_rlhf.py --model {args.model} --reward_model {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ class Args:
     """where metrics go besides metrics.jsonl"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
 
 
 def token_loss(logits, labels):
@@ -82,8 +81,7 @@ def token_loss(logits, labels):
     return loss_sum, (labels != -100).sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
@@ -141,7 +139,11 @@ def encode_demonstrations(rows, tokenizer, max_length, path):
             turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
             pairs = [(row["messages"][:i], row["messages"][i : i + 1]) for i in turns]
         else:
-            pairs = [(row["prompt"], row["completion"])] if "completion" in rows.column_names else [("", row["text"])]
+            pairs = (
+                [(row["prompt"], row["completion"])]
+                if {"prompt", "completion"} <= set(rows.column_names)
+                else [("", row["text"])]
+            )
         for prompt, completion in pairs:
             query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
             encoded.append((query + response, [-100] * len(query) + response))
@@ -206,8 +208,9 @@ def main(args):
         )
     else:
         order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
-        held_out = len(rows) // 20
-        eval_rows, rows = [rows[i] for i in order[:held_out]], [rows[i] for i in order[held_out:]]
+        eval_rows = [rows[i] for i in order[: len(rows) // 20]]
+        held_out = set(map(repr, eval_rows))
+        rows = [row for row in rows if repr(row) not in held_out]  # no copy of a held-out row either
 
     ranks = init_ranks()
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
@@ -223,7 +226,8 @@ def main(args):
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps = args.num_epochs * steps_per_epoch
-    run, means, metrics, done, size = Run(args, ranks, "sft"), Means(), {}, 0, args.micro_batch_size
+    run, means, metrics, done = Run(args, ranks, "sft"), Means(), {}, 0
+    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
     if args.resume:
         state = run.load_checkpoint()
         model.load_state_dict(state["model"])
@@ -234,7 +238,7 @@ def main(args):
         epoch, i = divmod(step - 1, steps_per_epoch)
         order = torch.randperm(len(rows), generator=seeded(args.seed, "order", epoch)).tolist()
         batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
-        num_tokens = sum(label != -100 for _, labels in batch for label in labels[1:])  # of all ranks
+        num_tokens = max(sum(label != -100 for _, labels in batch for label in labels[1:]), 1)  # of all ranks
 
         # 2. loss
         parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
@@ -243,7 +247,7 @@ def main(args):
             train_model.require_backward_grad_sync = k == len(parts)
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
                 loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
-                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
+            (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
             means.add("train/sft/loss", loss_sum / token_count, token_count)
 
         # 3. update
@@ -253,14 +257,14 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        is_last = step == num_steps
-        evaluates = bool(eval_rows) and (step % args.eval_every == 0 or is_last)
-        if step % args.log_every == 0 or evaluates or is_last:
+        evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
+        saves = args.save_every and step % args.save_every == 0
+        if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if evaluates:
                 metrics["eval/sft/loss"] = held_out_loss(model, eval_rows, args, tokenizer.pad_token_id, ranks)
             run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
-        if args.save_every and step % args.save_every == 0:
+        if saves:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     if ranks.rank == 0:

@@ -32,7 +32,7 @@ def launch(main, args):
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        (os._exit if dist.is_initialized() else sys.exit)(1)  # with other ranks in a collective, do not wait for them
 
 
 def init_ranks():
@@ -157,7 +157,7 @@ def load_function(spec, flag):
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"{flag} {spec}: no such file; give path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):

@@ -26,7 +26,6 @@ score, response k is the best with probability C(k-1, n-1) / C(m, n). `kl_bound`
 best-of-n can differ from the sampled policy (Stiennon et al. 2020; a bound by Beirami et al. 2024).
 """
 
-import copy
 import json
 import math
 import os
@@ -42,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are files in the root, not a package
 
 from ppo_rlhf import (
+    bf16_copy,
     call_reward_fn,
     encode_prompts,
     generate,
@@ -397,7 +397,7 @@ def main(args):
         reference, ref_forbidden = None, None
         if args.ref_model:
             reference, ref_forbidden = load_policy(args.ref_model, "--ref_model", tokenizer, device)
-        sampler = copy.deepcopy(policy).bfloat16() if args.precision == "bf16" else policy
+        sampler = bf16_copy(policy) if args.precision == "bf16" else policy
         policies = (sampler, policy, forbidden, reference, ref_forbidden)
         scorers = {}
         for path, name in zip(args.reward_models, model_names, strict=True):
