@@ -472,11 +472,15 @@ def main(args):
     print(f"  greedy sample: {model['sample']!r}")
     print(f"""
 next:
-  python sft.py --model {output_dir}/model --dataset {output_dir}/demonstrations.jsonl --output_dir runs/sentiment_sft
-  python reward_model.py --model runs/sentiment_sft/model --dataset {output_dir}/preferences_a.jsonl \\
-      --output_dir runs/sentiment_rm
-  python ppo_rlhf.py --model runs/sentiment_sft/model --reward_model runs/sentiment_rm/model \\
-      --dataset {output_dir}/prompts.jsonl --output_dir runs/sentiment_ppo""")
+  python sft.py --model {output_dir}/model --dataset {output_dir}/demonstrations.jsonl --precision bf16 \\
+      --num_epochs 1 --batch_size 32 --micro_batch_size 8 --lr 5e-5 --output_dir runs/sentiment/sft
+  for part in a b; do python reward_model.py --model runs/sentiment/sft/model --precision bf16 \\
+      --dataset {output_dir}/preferences_$part.jsonl --eval_dataset {output_dir}/preferences_test.jsonl \\
+      --batch_size 32 --micro_batch_size 16 --lr 5e-5 --output_dir runs/sentiment/reward_model_$part; done
+  python ppo_rlhf.py --model runs/sentiment/sft/model --reward_model runs/sentiment/reward_model_a/model \\
+      --dataset {output_dir}/prompts.jsonl --precision bf16 --total_episodes 1280 --batch_size 64 \\
+      --micro_batch_size 32 --num_epochs 2 --num_minibatches 4 --query_length 24 --response_length 24 \\
+      --temperature 0.7 --lr 8e-5 --kl_coef 0.1 --cliprange_value 0.5 --output_dir runs/sentiment/ppo""")
 
 
 if __name__ == "__main__":
