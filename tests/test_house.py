@@ -3,6 +3,7 @@
 import ast
 import io
 import itertools
+import re
 import subprocess
 import sys
 import tokenize
@@ -180,3 +181,11 @@ def test_scripts_import_nothing_of_each_other(script):
     imported = {node.module for node in ast.walk(TREES[script]) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(TREES[script]) if isinstance(node, ast.Import) for alias in node.names}
     assert imported & {name.removesuffix(".py") for name in SCRIPTS} == set()
+
+
+def test_the_readme_counts_the_lines():
+    rows = re.findall(r"^\| `([\w/.]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 8
+    assert {name: int(count) for name, count in rows} == {
+        name: len((ROOT / name).read_text().splitlines()) for name, _ in rows
+    }
