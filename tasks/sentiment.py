@@ -473,10 +473,11 @@ def main(args):
     print(f"""
 next:
   python sft.py --model {output_dir}/model --dataset {output_dir}/demonstrations.jsonl --precision bf16 \\
-      --num_epochs 1 --batch_size 32 --micro_batch_size 8 --lr 5e-5 --output_dir runs/sentiment/sft
+      --num_epochs 1 --batch_size 32 --micro_batch_size 8 --lr 5e-5 --log_every 5 --eval_every 20 --output_dir runs/sentiment/sft
   for part in a b; do python reward_model.py --model runs/sentiment/sft/model --precision bf16 \\
       --dataset {output_dir}/preferences_$part.jsonl --eval_dataset {output_dir}/preferences_test.jsonl \\
-      --batch_size 32 --micro_batch_size 16 --lr 5e-5 --output_dir runs/sentiment/reward_model_$part; done
+      --num_epochs 1 --batch_size 32 --micro_batch_size 16 --lr 5e-5 --log_every 5 --eval_every 1000 \\
+      --output_dir runs/sentiment/reward_model_$part; done
   python ppo_rlhf.py --model runs/sentiment/sft/model --reward_model runs/sentiment/reward_model_a/model \\
       --dataset {output_dir}/prompts.jsonl --precision bf16 --total_episodes 768 --batch_size 32 \\
       --micro_batch_size 32 --num_epochs 2 --num_minibatches 2 --query_length 10 --response_length 24 \\

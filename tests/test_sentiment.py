@@ -312,7 +312,8 @@ def test_real_parts_are_disjoint():
 def test_real_prefix_covers_its_part_evenly():
     rows = read("preferences_a.jsonl")
     seen = Counter(row[side] for row in rows for side in ("chosen", "rejected"))
-    first = Counter(row[side] for row in rows[: len(rows) // 8] for side in ("chosen", "rejected"))
+    rounds = json.loads((DATA / "task.json").read_text())["args"]["num_rounds"]
+    first = Counter(row[side] for row in rows[: len(rows) // rounds] for side in ("chosen", "rejected"))
     assert len(first) > 0.9 * len(seen) and max(first.values()) <= 2
     assert all(row["margin"] >= 0.5 for row in read("preferences_test.jsonl"))
 
