@@ -9,8 +9,7 @@ For each update:
                     loss, each a sum over real tokens divided by their number over all ranks
 
 One process:     python ppo_rlhf.py
-Eight GPUs:      torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model --reward_model runs/my_rm/model \
-                     --dataset my_prompts.jsonl --precision bf16
+Eight GPUs:      torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model --reward_model runs/my_rm/model
 
 Shapes: B rows on this rank, P query length (left padded), R response length (right padded), T = P + R, V vocabulary.
 Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, values[:, t] belongs to the state just
@@ -18,7 +17,7 @@ before it, rewards[:, t] is paid for it. mask (B,R) is True for real response to
 
 Deviations from the papers' code: the score is paid at EOS itself and the state behind it has value 0 (Huang et al. pay
 it one slot later); old log-probabilities come from the training forward, not from the sampler; advantages are whitened
-over all ranks together; rewards are not whitened; the optimizer is plain AdamW with eps 1e-5 and no weight decay.
+over all ranks together, rewards only if asked; the optimizer is plain AdamW with eps 1e-5 and no weight decay.
 """
 
 import copy
@@ -30,12 +29,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, StaticCache
 
-from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch
-from utils import load_function, load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
+from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
+from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
 from utils import save_pretrained, seeded, whiten, wrap
 
 
@@ -45,6 +43,8 @@ class Args:
     """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished run of sft.py"""
     reward_model: str | None = None
     """scores responses, and is where the critic starts; none, and no --reward_fn: the newest run of reward_model.py"""
+    value_trunk: Literal["separate", "shared"] = "separate"
+    """the critic: a network of its own that starts as the reward model, or a head, at first 0, on the policy's trunk"""
     reward_fn: str | None = None
     """path/to/file.py:function(prompts, responses, **columns) -> one number a response, which may be empty"""
     monitor_fn: str | None = None
@@ -68,7 +68,11 @@ class Args:
     query_length: int = 64
     """tokens; longer prompts are left out and counted"""
     response_length: int = 10
-    """tokens sampled at most, the EOS included"""
+    """tokens sampled at most, the stop token included"""
+    stop_token: str | None = None
+    """a text, such as ".", whose every token ends a response as EOS does; none: EOS alone"""
+    min_length: int = 0
+    """tokens of a response before a stop token may end it"""
     temperature: float = 1.0
     """divides the logits wherever a log-probability is taken: in sampling, in the policy, in the reference"""
     lr: float = 3e-4
@@ -87,18 +91,28 @@ class Args:
     """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
     cliprange: float = 0.2
     """the policy's probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
+    cliprange_high: float | None = None
+    """the upper side alone: 1 - cliprange .. 1 + cliprange_high; none: as the lower"""
     cliprange_value: float = 0.2
     """a new value counts at most this far from the old one, in score units"""
     vf_coef: float = 0.1
     """weight of the value loss"""
+    entropy_coef: float = 0.0
+    """reward, in the loss, of one nat of a token's entropy"""
+    early_stop_kl: float | None = None
+    """an update ends, without further optimizer steps, where policy/approxkl_avg of a minibatch exceeds this; none: never"""
+    normalize_scores: bool = False
+    """subtract the running mean of all scores so far and divide by their running standard deviation"""
+    cliprange_score: float | None = None
+    """scores are clipped to -cliprange_score .. cliprange_score, after normalisation; none: never"""
+    whiten_rewards: bool = False
+    """divide the rewards of a batch by their standard deviation, which makes kl_coef a relative price"""
     missing_eos_score: float | Literal["none"] = -1.0
-    """score of a response without EOS in place of its own: sensible where 0 is an average score; none: it keeps its own"""
+    """score of a response without stop token in place of its own: sensible where 0 is average; none: it keeps its own"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the training forward and the decoding step"""
-    sample_every: int = 10
-    """updates between two tables of samples; the first and the last update always show one"""
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: none"""
     resume: str | None = None
@@ -108,8 +122,6 @@ class Args:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-
-
 def positions(attention_mask):
     """Position of each token (B,T), counting real tokens only; padding gets a valid position that nobody reads."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -120,12 +132,14 @@ def predicting(x, response_length):
     return x[:, -response_length - 1 : -1]
 
 
-def response_logits(policy, input_ids, attention_mask, response_length, forbidden):
-    """Logits (B,R,V) that predict the response's tokens; -inf for the ids that are never sampled."""
+def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
+    """Logits (B,R,V) that predict the response's tokens; -inf for the ids that are never sampled. hidden: return also
+    the hidden states (B,R,d) from which the head computes them."""
     inputs = {"attention_mask": attention_mask.long(), "position_ids": positions(attention_mask), "use_cache": False}
-    input_ids = input_ids.masked_fill(attention_mask == 0, 0)
-    logits = policy(input_ids, **inputs, logits_to_keep=response_length + 1).logits
-    return predicting(logits, response_length).masked_fill(forbidden, -math.inf)
+    inputs |= {"logits_to_keep": response_length + 1, "output_hidden_states": hidden}
+    outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
+    logits = predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)
+    return (logits, predicting(outputs.hidden_states[-1], response_length)) if hidden else logits
 
 
 def score_head(model, hidden):
@@ -143,16 +157,15 @@ def last_hidden(model, input_ids, attention_mask):
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds: the mask
-    decides which token is the last, so an EOS that doubles as padding cannot hide the end. model: a plain
-    AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
+    """Score of each row (B,), fp32, at its last real token: by the mask, wherever the padding is and whatever ids it
+    holds. model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
     last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
     hidden = last_hidden(model, input_ids, attention_mask)
     return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
 class ActorCritic(torch.nn.Module):
-    """Policy and critic as one module, so that the loss goes through one compiled and distributed wrapper's forward."""
+    """Policy and critic, of one trunk or of two, as one module: the loss goes through one wrapper's forward."""
 
     def __init__(self, policy, critic):
         super().__init__()
@@ -160,9 +173,13 @@ class ActorCritic(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask, response_length, temperature, forbidden):
         """logprobs, entropy, values of the response's tokens, each (B,R)."""
-        logits = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden)
+        inputs = (input_ids, attention_mask, response_length, forbidden)
+        if self.critic.base_model is self.policy.base_model:
+            logits, hidden = response_logits(self.policy, *inputs, hidden=True)
+        else:
+            logits = response_logits(self.policy, *inputs)
+            hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
         logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
-        hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
         return logprobs, entropy, score_head(self.critic, hidden)
 
 
@@ -175,9 +192,7 @@ def forbidden_ids(policy, tokenizer, stop_ids):
 
 def sample_tokens(logits, uniforms, temperature, forbidden=None):
     """One token id per row (B,) by inverse CDF: the first id whose cumulative probability exceeds u times the total.
-
-    logits (B,V); uniforms (B,) in [0,1) are all the randomness there is. temperature 0 takes the most likely token.
-    """
+    logits (B,V); uniforms (B,) in [0,1) are all the randomness there is. temperature 0 takes the most likely token."""
     logits = logits.float() if forbidden is None else logits.float().masked_fill(forbidden, -math.inf)
     if temperature == 0:
         return logits.argmax(-1)
@@ -197,20 +212,17 @@ def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperat
 
 
 @torch.no_grad()
-def generate(
-    model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, step=None, cache=None
-):
-    """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache.
-
-    Queries are left padded, query_mask (B,P) is True at real tokens. uniforms (B,R) in [0,1) fix the sample: the same block
-    gives the same tokens on any number of ranks. A row ends at its first stop id and is pad_id behind it; when every
-    row has ended the loop stops early. forbidden (V,) is True for ids that are never sampled. step: `decode_step` or a
-    compiled form of it. cache: a StaticCache of at least P + R slots to use again, so compiled graphs stay valid.
-    """
+def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, min_length=0,
+             step=decode_step, cache=None):  # fmt: skip
+    """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache. Queries
+    are left padded, query_mask (B,P) is True at real tokens. uniforms (B,R) in [0,1) fix the sample: the same block gives
+    the same tokens on any number of ranks. A row ends at its first stop id at an index >= min_length and is pad_id behind
+    it; when every row has ended the loop stops early. forbidden (V,) is True for ids that are never sampled. step:
+    `decode_step` or a compiled form of it. cache: a StaticCache of at least P + R slots, for compiled graphs to keep."""
     (B, P), R = queries.shape, uniforms.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
-    step, stop_ids = step or decode_step, torch.as_tensor(stop_ids, device=queries.device)
+    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
     responses = torch.full((B, R), pad_id, device=queries.device)
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
     position_ids = positions(query_mask)
@@ -220,33 +232,26 @@ def generate(
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
     for t in range(R):
         responses[:, t] = torch.where(ended, pad_id, tokens)
-        ended |= torch.isin(tokens, stop_ids)
+        ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
         if t == R - 1 or (t % 8 == 7 and ended.all()):  # asking the device costs a wait, so not at every token
             break
         key_mask[:, P + t] = 1
-        next_positions = position_ids[:, -1] + 1 + t
-        tokens = step(
-            model, cache, tokens, next_positions, key_mask, uniforms[:, t + 1], temperature, forbidden
-        ).clone()
+        inputs = (tokens, position_ids[:, -1] + 1 + t, key_mask)
+        tokens = step(model, cache, *inputs, uniforms[:, t + 1], temperature, forbidden).clone()
     return responses
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-
-
 def response_mask(responses, stop_ids, min_length=0):
     """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
     is_stop[:, :min_length] = False
-    stops_before = is_stop.long().cumsum(1) - is_stop.long()
-    return stops_before == 0
+    return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
 def token_logprobs(logits, tokens, temperature):
-    """Log-probability of each token and entropy of each distribution, both (B,R), in nats and fp32.
-
-    logits (B,R,V) at the positions that predict the tokens (B,R); -inf is allowed. Distribution: softmax(logits / T).
-    """
+    """Log-probability of each token and entropy of each distribution softmax(logits / T), both (B,R), in nats and fp32;
+    logits (B,R,V), of which some may be -inf, at the positions that predict the tokens (B,R)."""
     all_logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
     logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
     entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -math.inf, 0.0)).sum(-1)
@@ -268,8 +273,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])
+    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         advantage = torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)
         advantages[:, t] = advantage
@@ -293,10 +297,25 @@ def value_loss(new_values, values, returns, cliprange_value):
     return torch.maximum(plain, bounded), bounded > plain
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over real tokens of all ranks: 1 is a perfect critic, 0 a constant one."""
-    unexplained, variance = (masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns))
-    return 1 - unexplained / variance.clamp(min=1e-8)
+def ppo_loss(new_logprobs, entropy, new_values, logprobs, values, advantages, returns, mask, args):
+    """(sum over real tokens of policy loss + vf_coef * value loss - entropy_coef * entropy, its parts (B,R) by name)."""
+    # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
+    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))
+    pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, logprobs, advantages, args.cliprange, args.cliprange_high)
+    vf_loss, vf_clipped = value_loss(new_values, values, returns, args.cliprange_value)
+    losses = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy
+    stats = {"loss/policy_avg": pg_loss, "loss/value_avg": vf_loss, "policy/entropy_avg": entropy, "val/ratio": ratio}
+    stats |= {"policy/approxkl_avg": 0.5 * (new_logprobs - logprobs) ** 2, "policy/clipfrac_avg": pg_clipped}
+    return torch.where(mask, losses, 0.0).sum(), {**stats, "val/clipfrac_avg": vf_clipped}
+
+
+def normalise(scores, mask, moments):
+    """(scores minus their running mean over their running standard deviation, new moments); moments (3,) fp64: count, sum
+    and sum of squares of the scores so far, on all ranks. The rows (B,) where mask is False do not enter them."""
+    x = torch.where(mask, scores, 0.0).double()
+    moments = moments + all_gather(torch.stack([mask.sum(), x.sum(), (x**2).sum()])[None]).sum(0)
+    mean, square = moments[1:] / moments[0].clamp(min=1)
+    return ((scores - mean) * torch.rsqrt((square - mean**2).clamp(min=0) + 1e-8)).to(scores.dtype), moments
 
 
 class AdaptiveKLController:
@@ -312,11 +331,8 @@ class AdaptiveKLController:
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
-    padding by its id would also mask the EOS that the model must learn to say."""
+    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -332,16 +348,13 @@ def load_tokenizer(path):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        plain = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-    elif tokenizer.chat_template is None:
+    is_text = isinstance(prompt, str)
+    if not is_text and tokenizer.chat_template is None:
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
+    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
@@ -354,9 +367,7 @@ def encode_prompts(rows, tokenizer, query_length, path):
         raise UserError(f"{path}: row {[not ids for ids, _ in encoded].index(True) + 1} has an empty prompt")
     kept = [pair for pair in encoded if len(pair[0]) <= query_length]
     if len(kept) < len(encoded):
-        print(
-            f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than {query_length} tokens"
-        )
+        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than --query_length")
     if not kept:
         raise UserError(f"{path}: no prompt is left; every one is longer than --query_length {query_length}")
     return kept
@@ -364,10 +375,9 @@ def encode_prompts(rows, tokenizer, query_length, path):
 
 def prompt_order(num_prompts, first, count, seed):
     """Indices of the prompts of episodes first .. first + count - 1: pass after pass, each in an order of its own."""
-    episodes = range(first, first + count)
-    passes = {e // num_prompts for e in episodes}
-    orders = {p: torch.randperm(num_prompts, generator=seeded(seed, "prompts", p)).tolist() for p in passes}
-    return [orders[e // num_prompts][e % num_prompts] for e in episodes]
+    passes = range(first // num_prompts, (first + count - 1) // num_prompts + 1)
+    order = [i for p in passes for i in torch.randperm(num_prompts, generator=seeded(seed, "prompts", p)).tolist()]
+    return order[first % num_prompts :][:count]
 
 
 def left_pad(sequences, length, pad_id, device):
@@ -398,25 +408,15 @@ def load_reward_fn(spec, flag, prompts):
     return function
 
 
-def show_samples(run, update, prompts, texts, scores, kl):
-    """The first responses of this rank into samples.jsonl, and fewer of them as a small table."""
-    rows = zip(prompts[:16], texts, scores.tolist(), kl.tolist())
-    rows = [dict(zip(("step", "query", "response", "score", "kl"), (update, *row))) for row in rows]
-    run.append("samples.jsonl", rows)
-    tqdm.write(f"{'score':>9} {'kl':>7}  query | response")
-    for row in rows[:4]:
-        query, response = (" ".join(str(row[key]).split()) for key in ("query", "response"))
-        tqdm.write(f"{row['score']:9.3f} {row['kl']:7.2f}  {query[-60:]} | {response[:90]}")
-
-
 def check_flags(args):
     """Refuse what no rank could run."""
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
     if args.reward_model and args.reward_fn:
         raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
-    if args.temperature <= 0 or (args.target_kl_nats is not None and args.target_kl_nats <= 0):
-        raise UserError("--temperature and --target_kl_nats must be above 0")
+    for name in ("temperature", "target_kl_nats", "early_stop_kl", "cliprange_score"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
 
 
 def bf16_copy(policy):
@@ -428,37 +428,36 @@ def bf16_copy(policy):
 
 
 def load_models(args, tokenizer, num_positions, device):
-    """(policy, reference, critic, reward_model). The critic starts as the reward model, else as --model with zero head."""
+    """(policy, reference, critic, reward_model). The critic starts as the reward model, else with a zero head."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    source = args.reward_model or args.model
-    critic, headless = load_pretrained(AutoModelForSequenceClassification, source, ["score.weight"], num_labels=1)
     if num_positions > getattr(policy.config, "max_position_embeddings", num_positions):
-        raise UserError(
-            f"--response_length: prompt and response need {num_positions} positions, more than the model has"
-        )
-    if args.reward_model and headless:
-        raise UserError(f"--reward_model {args.reward_model}: not a reward model: it lacks the weights {headless[0]}")
-    if headless:
+        raise UserError(f"--response_length: {num_positions} positions with the prompt, more than the model has")
+    classifier, scorer = AutoModelForSequenceClassification, args.reward_model
+    reward_model = load_pretrained(classifier, scorer, num_labels=1)[0] if scorer else None
+    critic = copy.deepcopy(reward_model)
+    if critic is None or args.value_trunk == "shared":
+        critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
-    for model in (policy, critic):
-        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for model in filter(None, (policy, critic, reward_model)):
+        model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
-    policy, critic = policy.to(device), critic.to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    return policy, reference, critic, copy.deepcopy(critic).requires_grad_(False) if args.reward_model else None
+    if args.value_trunk == "shared":
+        setattr(critic, critic.base_model_prefix, policy.base_model)
+    return policy, reference, critic, reward_model
 
 
 def main(args):
-    # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = prepare(args)
+    args = prepare(args)  # everything that can be refused is refused before a model is loaded or a file written
     check_flags(args)
     args.model = args.model or newest_run("sft")
     args.reward_model = args.reward_model or (None if args.reward_fn else newest_run("reward_model"))
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
+    stop_ids = tokenizer(args.stop_token or "", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
     reward_fn = load_reward_fn(args.reward_fn, "--reward_fn", prompts)
     monitor_fn = load_reward_fn(args.monitor_fn, "--monitor_fn", prompts)
@@ -473,25 +472,24 @@ def main(args):
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     sampler = policy if args.precision == "fp32" else bf16_copy(policy)
-    step = decode_step
-    if args.compile:
-        step = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
-
-    B = args.batch_size // ranks.world_size
+    graphs = {"fullgraph": True, "mode": "reduce-overhead" if device.type == "cuda" else None}
+    step = torch.compile(decode_step, **graphs) if args.compile else decode_step
+    num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    cache = StaticCache(config=policy.config, max_cache_len=P + R)
-    stop_ids, pad_id = torch.tensor([tokenizer.eos_token_id], device=device), tokenizer.pad_token_id
+    stop_ids, pad_id = torch.tensor(stop_ids, device=device), tokenizer.pad_token_id
     forbidden = forbidden_ids(policy, tokenizer, stop_ids)
-    sampling = {"forbidden": forbidden, "step": step, "cache": cache}
+    sampling = {"forbidden": forbidden, "min_length": args.min_length, "step": step}
+    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R)
+    missing_eos_score = None if args.missing_eos_score == "none" else args.missing_eos_score
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
-    num_updates = args.total_episodes // args.batch_size
+    moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
     run, means, done, metrics = Run(args, ranks, "ppo_rlhf"), Means(), 0, {}
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg", "eps"]
     if args.resume:
         state = run.load_checkpoint()
         actor_critic.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done, controller.kl_coef = state["step"], state["kl_coef"]
+        done, controller.kl_coef, moments = state["step"], state["kl_coef"], state["moments"].to(device)
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):
         # 1. rollout: prompts and uniforms of the global batch do not depend on the number of ranks
         started = clock(device)
@@ -501,7 +499,7 @@ def main(args):
         if sampler is not policy:
             torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in policy.parameters()])
         responses = generate(sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, **sampling)
-        mask = response_mask(responses, stop_ids)
+        mask = response_mask(responses, stop_ids, args.min_length)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
 
         # 2. score
@@ -517,83 +515,85 @@ def main(args):
         rows = [prompts[i][1] for i in order]
         texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
         texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
-        if reward_fn:
-            scores = call_reward_fn(reward_fn, rows, texts, device)
-        has_eos = (torch.isin(responses, stop_ids) & mask).any(1)
-        if args.missing_eos_score not in (None, "none"):
-            scores = torch.where(has_eos, scores, args.missing_eos_score)
+        raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores
+        has_eos = (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
+        counts = has_eos | (missing_eos_score is None)  # the rows whose own score counts
+        scores, moments = normalise(raw_scores, counts, moments) if args.normalize_scores else (raw_scores, moments)
+        scores = scores.clamp(-cap, cap).where(counts, missing_eos_score or 0.0)
         rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
         scored = clock(device)
 
         # 3. advantages
+        rewards = whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
         advantages, returns = compute_gae(rewards, values, mask, args.gamma, args.lam)
         advantages = whiten(advantages, mask)
 
         # 4. update: every rank holds the global batch and takes its share of each minibatch
-        batch = [all_gather(x) for x in (input_ids, attention_mask, mask, logprobs, values, advantages, returns)]
-        lr = args.lr * (1 - (update - 1) / num_updates)
+        batch = [all_gather(x) for x in (input_ids, attention_mask, logprobs, values, advantages, returns, mask)]
+        lr, steps = args.lr * (1 - (update - 1) / num_updates), 0
         optimizer.param_groups[0]["lr"] = lr
-        for epoch in range(args.num_epochs):
-            shuffled = torch.randperm(args.batch_size, generator=seeded(args.seed, "minibatches", update, epoch))
-            for minibatch in shuffled.to(device).chunk(args.num_minibatches):
-                num_tokens = batch[2][minibatch].sum()  # of all ranks
-                micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
-                for k, index in enumerate(micro_batches, start=1):
-                    ids, attention, real, old_logprobs, old_values, adv, ret = (x[index] for x in batch)
-                    train_model.require_backward_grad_sync = k == len(micro_batches)
-                    with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                        new_logprobs, entropy, new_values = train_model(ids, attention, R, args.temperature, forbidden)
-                        # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
-                        new_logprobs, old_logprobs = (torch.where(real, x, 0.0) for x in (new_logprobs, old_logprobs))
-                        pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, old_logprobs, adv, args.cliprange)
-                        vf_loss, vf_clipped = value_loss(new_values, old_values, ret, args.cliprange_value)
-                        loss_sum = torch.where(real, pg_loss + args.vf_coef * vf_loss, 0.0).sum()
-                    (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
-                    means.add("loss/policy_avg", pg_loss, real)
-                    means.add("loss/value_avg", vf_loss, real)
-                    means.add("policy/approxkl_avg", 0.5 * (new_logprobs - old_logprobs) ** 2, real)
-                    means.add("policy/clipfrac_avg", pg_clipped, real)
-                    means.add("policy/entropy_avg", entropy, real)
-                    means.add("val/clipfrac_avg", vf_clipped, real)
-                    means.add("val/ratio", ratio, real)
-                grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
-                means.add("optim/grad_norm", grad_norm)
+        orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
+        orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders]).to(device)
+        for attempt, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
+            optimizer.zero_grad()
+            num_tokens, checks = batch[-1][minibatch].sum(), Means()  # over all ranks
+            micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
+            for k, index in enumerate(micro_batches, start=1):
+                ids, attention, *old = (x[index] for x in batch)
+                train_model.require_backward_grad_sync = k == len(micro_batches)
+                with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                    new = train_model(ids, attention, R, args.temperature, forbidden)
+                    loss_sum, stats = ppo_loss(*new, *old, args)
+                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
+                checks.add(stats, old[-1])
+            means.update({name: means.get(name, 0) + checks[name] for name in checks})
+            grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
+            checks.add({"grad_norm": grad_norm})
+            check = checks.reduce()  # the same numbers on all ranks, so all of them go on, skip or stop
+            if args.early_stop_kl and check["policy/approxkl_avg"] > args.early_stop_kl:
+                break
+            if check["val/ratio"] <= 10 and math.isfinite(check["grad_norm"]):
                 optimizer.step()
-                optimizer.zero_grad()
+                means.add({"optim/grad_norm": grad_norm})
+                steps += 1
         updated = clock(device)
+        if steps == 0:
+            raise UserError(f"update {update}: no finite gradient; lower --lr, or look at the scores")
 
         # log
-        kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
-        means.add("objective/kl", kl)
-        means.add("objective/entropy", -torch.where(mask, logprobs, 0.0).sum(1))
-        means.add("objective/scores", scores)
-        means.add("objective/non_score_reward", -controller.kl_coef * kl)
-        means.add("objective/rlhf_reward", scores - controller.kl_coef * kl)
-        means.add("val/sequence_lengths", mask.sum(1))
-        means.add("val/has_eos", has_eos)
-        means.add("val/explained_var", explained_variance(values, returns, mask))
+        log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
+        kl, k3 = log_ratio.sum(1), torch.exp(-log_ratio) - 1 + log_ratio
+        penalty, entropy = -controller.kl_coef * kl, -torch.where(mask, logprobs, 0.0).sum(1)
+        stats = {"objective/kl": kl, "objective/kl_k3": k3.sum(1), "objective/entropy": entropy, "val/has_eos": has_eos}
+        stats |= {"objective/scores": scores, "objective/raw_scores": raw_scores, "val/sequence_lengths": mask.sum(1)}
+        stats |= {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty}
         if monitor_fn:
-            means.add(f"monitor/{monitor_fn.__name__}", call_reward_fn(monitor_fn, rows, texts, device))
+            stats[f"monitor/{monitor_fn.__name__}"] = call_reward_fn(monitor_fn, rows, texts, device)
+        means.add(stats)
+        means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
+        spread = [masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns)]
+        means.add({"val/explained_var": 1 - spread[0] / spread[1].clamp(min=1e-8)})
         metrics = means.reduce() | {"kl_coef": controller.kl_coef, "lr": lr, "episode": update * args.batch_size}
-        if not math.isfinite(metrics["optim/grad_norm"]):
-            raise UserError(f"update {update}: the gradient is not finite; lower --lr, or look at the scores")
-        metrics |= {"time/rollout": rolled_out - started, "time/score": scored - rolled_out}
-        metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
+        metrics |= {"optim/steps": steps, "optim/skipped": attempt - steps, "time/rollout": rolled_out - started}
+        metrics |= {"time/score": scored - rolled_out, "time/update": updated - scored}
+        metrics["eps"] = args.batch_size / (updated - started)
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         run.log(update, metrics, show=[*shown, *(key for key in metrics if key.startswith("monitor/"))])
-        if ranks.rank == 0 and (update % args.sample_every == 0 or update in (1, num_updates)):
-            show_samples(run, update, [row["prompt"] for row in rows], texts, scores, kl)
+        if ranks.rank == 0 and (update % 10 == 0 or update in (1, num_updates)):
+            samples = {"query": [row["prompt"] for row in rows], "response": texts}
+            run.show_samples(update, {"score": scores.tolist(), "kl": kl.tolist(), **samples})
         if args.save_every and update % args.save_every == 0:
-            state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
             run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)
-
     if ranks.rank == 0:
         save_pretrained(run.folder / "critic", critic, tokenizer)
         save_pretrained(run.folder / "model", policy, tokenizer)
         print("\nlast update   " + ", ".join(f"{key} {metrics.get(key, math.nan):.4f}" for key in shown[:2]))
-        print(f"model folder  {run.folder / 'model'}")
-        print(f"next          python benchmarks/evaluate.py --model {run.folder / 'model'} --ref_model {args.model}")
+        print(f"model folder  {run.folder}/model")
+        scorer = "models " + args.reward_model if args.reward_model else "fns " + args.reward_fn
+        command = f"python benchmarks/evaluate.py --model {run.folder}/model --ref_model {args.model}"
+        print(f"next          {command} --reward_{scorer}")
 
 
 if __name__ == "__main__":

@@ -92,9 +92,8 @@ def last_hidden(model, input_ids, attention_mask):
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """Score of each row (B,), fp32, at its last real token, wherever the padding is and whatever ids it holds: the mask
-    decides which token is the last, so an EOS that doubles as padding cannot hide the end. model: a plain
-    AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
+    """Score of each row (B,), fp32, at its last real token: by the mask, wherever the padding is and whatever ids it
+    holds. model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
     last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
     hidden = last_hidden(model, input_ids, attention_mask)
     return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
@@ -112,8 +111,6 @@ class Scorer(torch.nn.Module):
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-
-
 def preference_loss(chosen_scores, rejected_scores, margin=None):
     """-log sigmoid(chosen - rejected - margin), all (B,): Ouyang et al. 2022, eq. 1; Touvron et al. 2023, eq. 2 (margin)."""
     difference = chosen_scores - rejected_scores
@@ -121,11 +118,8 @@ def preference_loss(chosen_scores, rejected_scores, margin=None):
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
-    padding by its id would also mask the EOS that the model must learn to say."""
+    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -141,16 +135,13 @@ def load_tokenizer(path):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        plain = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-    elif tokenizer.chat_template is None:
+    is_text = isinstance(prompt, str)
+    if not is_text and tokenizer.chat_template is None:
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
+    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
@@ -234,8 +225,8 @@ def held_out_accuracy(scorer, pairs, args, pad_id, ranks):
     for part in micro_batches(pairs, lambda pair: max(len(pair[0]), len(pair[1])), ranks, size):
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             chosen_scores, rejected_scores, _, mask = pair_scores(scorer, part, pad_id, size, ranks.device)
-        means.add("eval/rm/loss", preference_loss(chosen_scores, rejected_scores), mask)
-        means.add("eval/rm/accuracy", 0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores), mask)
+        accuracy = 0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores)
+        means.add({"eval/rm/loss": preference_loss(chosen_scores, rejected_scores), "eval/rm/accuracy": accuracy}, mask)
     return means.reduce()
 
 
@@ -246,7 +237,7 @@ def mean_score(scorer, sequences, args, pad_id, ranks):
     for part in micro_batches(sequences, len, ranks, size):
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             scores = scorer(*collate(part, pad_id, size, ranks.device))
-        means.add("score", scores, torch.arange(size, device=ranks.device) < len(part))
+        means.add({"score": scores}, torch.arange(size, device=ranks.device) < len(part))
     return means.reduce()["score"]
 
 
@@ -309,9 +300,9 @@ def main(args):
                 losses = preference_loss(chosen_scores, rejected_scores, margin)
                 loss_sum = torch.where(mask, losses, 0).sum()
             (loss_sum * ranks.world_size / len(batch)).backward()  # ranks average: times their number is the sum
-            means.add("train/rm/loss", losses, mask)
-            means.add("train/rm/accuracy", 0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores), mask)
-            means.add("train/rm/margin", chosen_scores - rejected_scores, mask)
+            difference = chosen_scores - rejected_scores
+            stats = {"train/rm/accuracy": 0.5 + 0.5 * torch.sign(difference), "train/rm/margin": difference}
+            means.add({"train/rm/loss": losses, **stats}, mask)
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)

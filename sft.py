@@ -66,8 +66,6 @@ class Args:
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-
-
 def token_loss(logits, labels):
     """Summed cross-entropy of the next token, and how many tokens were counted.
 
@@ -82,11 +80,8 @@ def token_loss(logits, labels):
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
-    padding by its id would also mask the EOS that the model must learn to say."""
+    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -102,16 +97,13 @@ def load_tokenizer(path):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        plain = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-    elif tokenizer.chat_template is None:
+    is_text = isinstance(prompt, str)
+    if not is_text and tokenizer.chat_template is None:
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
+    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
@@ -192,7 +184,7 @@ def held_out_loss(model, rows, args, pad_id, ranks):
         input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
             loss_sum, token_count = token_loss(forward(model, input_ids, attention_mask), labels)
-        means.add("loss", loss_sum / token_count, token_count)
+        means.add({"loss": loss_sum / token_count}, token_count)
     return means.reduce()["loss"]
 
 
@@ -248,7 +240,7 @@ def main(args):
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
                 loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
             (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
-            means.add("train/sft/loss", loss_sum / token_count, token_count)
+            means.add({"train/sft/loss": loss_sum / token_count}, token_count)
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)

@@ -31,7 +31,7 @@ def launch(main, args):
         main(args)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         (os._exit if dist.is_initialized() else sys.exit)(1)  # with other ranks in a collective, do not wait for them
 
 
@@ -100,11 +100,12 @@ def whiten(x, mask, shift_mean=True):
 class Means(dict):
     """Exact means by name over micro-batches and ranks: fp64 sums and counts stay on the device until one reduction."""
 
-    def add(self, name, x, mask=None):
-        """Add the entries of `x` where `mask` is True (without a mask: all) to the mean `name`; a number there is a weight."""
-        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        pair = torch.stack([(torch.where(mask.bool(), x.detach(), 0).double() * mask).sum(), mask.double().sum()])
-        self[name] = self.get(name, 0) + pair
+    def add(self, tensors, mask=None):
+        """Add the entries of {name: tensor} where `mask` is True (without a mask: all); a number there is a weight."""
+        for name, x in tensors.items():
+            where = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+            total = (torch.where(where.bool(), x.detach(), 0).double() * where).sum()
+            self[name] = self.get(name, 0) + torch.stack([total, where.double().sum()])
 
     def reduce(self):
         """{name: float} over all ranks, and start again. Every rank must have added the same names."""
@@ -125,16 +126,12 @@ def load_rows(path, columns):
         files = [local] if local.is_file() else sorted(file for file in local.iterdir() if file.suffix in suffixes)
         kinds = {suffixes.get(file.suffix, "json") for file in files}
         if len(kinds) != 1 or not any(file.read_bytes().strip() for file in files):
-            raise UserError(
-                f"{path}: empty: no row in any .json, .jsonl or .parquet file (or both kinds in one folder)"
-            )
+            raise UserError(f"{path}: empty: no row in .json, .jsonl or .parquet files (or both kinds in one)")
         source = {"path": kinds.pop(), "data_files": [str(file) for file in files]}
     try:
         rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # the library raises many kinds; the first line of each says what happened
-        raise UserError(
-            f"{path}: cannot be read as a data set: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{path}: cannot be read as a data set: {type(error).__name__}: {error}") from error
     if not any(set(group) <= set(rows.column_names) for group in columns):
         wanted = " or ".join(map("+".join, columns))
         raise UserError(f"{path}: needs the columns {wanted}; it has {', '.join(rows.column_names)}")
@@ -171,19 +168,16 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
     check_path(path)
-    folder = Path(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         # For nn.Dropout and for the floats that are handed to attention kernels alike.
         config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float})
-        if folder.exists() and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
+        if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
         model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of many kinds: a broken file, another shape, a Hub that does not answer
-        raise UserError(
-            f"{path}: cannot be loaded as a model: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{path}: cannot be loaded as a model: {type(error).__name__}: {error}") from error
     missing = sorted(info["missing_keys"])
     if not all(name.endswith(tuple(may_miss)) for name in missing):
         raise UserError(f"{path}: not a model of this kind: it lacks the weights {', '.join(missing[:3])}")
@@ -201,8 +195,8 @@ def newest_run(script):
 def prepare(args):
     """The arguments to run with, before anything is loaded or written: as given, or with --resume those of that run."""
     for field in fields(args):
-        if field.type is int and field.name not in ("seed", "save_every") and getattr(args, field.name) < 1:
-            raise UserError(f"--{field.name} {getattr(args, field.name)}: must be at least 1")
+        if field.type is int and field.name != "seed" and getattr(args, field.name) < min(field.default, 1):
+            raise UserError(f"--{field.name} {getattr(args, field.name)}: must be at least {min(field.default, 1)}")
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
     if args.resume is None and args.output_dir and Path(args.output_dir).exists():
@@ -211,9 +205,7 @@ def prepare(args):
         return args
     path = Path(args.resume) / "args.json"
     if not path.is_file() or (path.parent / "model").exists():
-        raise UserError(
-            f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'it holds no args.json'}"
-        )
+        raise UserError(f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'no args.json in it'}")
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     for field in fields(args):
         if getattr(args, field.name) not in (field.default, saved[field.name]):
@@ -267,6 +259,14 @@ class Run:
         label = {key: ("eval " if key.startswith("eval/") else "") + key.split("/")[-1] for key in show}
         cells = [f"{label[key]} {metrics[key]:<8.4g}" if key in metrics else " " * len(label[key]) for key in show]
         tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
+
+    def show_samples(self, step, columns):
+        """The first rows of {name: numbers or texts} into samples.jsonl, and four of them as a small table."""
+        rows = [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())]
+        self.append("samples.jsonl", rows[:16])
+        tqdm.write(" | ".join(columns))
+        for row in zip(*(column[:4] for column in columns.values())):
+            tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(x.split())[-70:] for x in row))
 
     def append(self, name, rows):
         with open(self.folder / name, "a") as file:

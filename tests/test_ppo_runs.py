@@ -44,10 +44,22 @@ constant = 3
 '''
 KEYS = {
     *(f"objective/{key}" for key in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")),
+    *(f"objective/{key}" for key in ("kl_k3", "kl_per_token", "kl_k3_per_token", "raw_scores")),
     *(f"policy/{key}" for key in ("approxkl_avg", "clipfrac_avg", "entropy_avg")),
     *(f"loss/{key}" for key in ("policy_avg", "value_avg")),
     *(f"val/{key}" for key in ("clipfrac_avg", "ratio", "sequence_lengths", "has_eos", "explained_var")),
-    *("optim/grad_norm", "kl_coef", "lr", "episode", "eps", "time/rollout", "time/score", "time/update"),
+    *(
+        "optim/grad_norm",
+        "optim/steps",
+        "optim/skipped",
+        "kl_coef",
+        "lr",
+        "episode",
+        "eps",
+        "time/rollout",
+        "time/score",
+        "time/update",
+    ),
 }
 CLOCKS = {"eps", "time/rollout", "time/score", "time/update"}
 
@@ -144,7 +156,7 @@ def long_flags(settings):
     """Three updates with all there is: epochs, minibatches, micro-batches, adaptive KL, a monitor, checkpoints."""
 
     def flags(output_dir, **changes):
-        sizes = {"num_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "save_every": 1, "sample_every": 1}
+        sizes = {"num_epochs": 2, "num_minibatches": 2, "micro_batch_size": 3, "save_every": 1}
         controller = {
             "target_kl_nats": 0.5,
             "kl_horizon": 100,
@@ -185,7 +197,8 @@ def test_identities_between_metrics(finished):
 
 
 def test_samples_add_up_to_the_metrics(finished):
-    for line in lines(finished):
+    metrics = lines(finished)
+    for line in (metrics[0], metrics[-1]):  # samples are shown at the first update, the last, and every tenth
         samples = [row for row in lines(finished, "samples.jsonl") if row["step"] == line["step"]]
         assert len(samples) == 16  # the whole batch
         assert all(row.keys() == {"step", "query", "response", "score", "kl"} for row in samples)
@@ -417,7 +430,7 @@ def test_missing_eos_score(settings, tmp_path, penalty):
 
 
 def test_columns_reach_the_reward_function_in_order(settings, tmp_path):
-    folder = run(settings(tmp_path / "run", "bonus", updates=2, sample_every=1))
+    folder = run(settings(tmp_path / "run", "bonus", updates=2))
     for row in lines(folder, "samples.jsonl"):
         assert row["score"] == PROMPTS.index(row["query"]) / 4
     seen = [row["query"] for row in lines(folder, "samples.jsonl")]
@@ -571,7 +584,7 @@ def test_refused_models(refused, settings, tmp_path, gpt2_folder, gpt2_rm_folder
     tokenizer.eos_token = None
     tokenizer.save_pretrained(no_eos)
     refused(settings(tmp_path / "run", model=str(no_eos)), no_eos, "EOS")
-    refused(settings(tmp_path / "run", None, reward_model=gpt2_folder), "--reward_model", gpt2_folder, "score.weight")
+    refused(settings(tmp_path / "run", None, reward_model=gpt2_folder), gpt2_folder, "not a model", "score.weight")
     other = tmp_path / "other"
     shutil.copytree(gpt2_rm_folder, other)
     content = json.loads((other / "tokenizer.json").read_text())
