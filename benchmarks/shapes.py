@@ -19,6 +19,7 @@ from utils import UserError, check_divides
 
 PAD, EOS = 0, 1
 IDS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
+FINAL_NORMS = ("ln_f", "model.norm", "decoder.final_layer_norm")
 
 
 @dataclass
@@ -43,9 +44,11 @@ def llama(layers, width, inner, heads, kv_heads, vocabulary, tied):
     return LlamaConfig(**sizes, **heads, **IDS, tie_word_embeddings=tied, max_position_embeddings=2048)
 
 
-def opt(layers, width, heads, projection, norm_before):
+def opt(layers, width, heads, projection, norm_before, vocabulary=50272):
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "ffn_dim": 4 * width, "num_attention_heads": heads}
-    return OPTConfig(**sizes, **IDS, word_embed_proj_dim=projection, do_layer_norm_before=norm_before, vocab_size=50272)
+    return OPTConfig(
+        **sizes, **IDS, word_embed_proj_dim=projection, do_layer_norm_before=norm_before, vocab_size=vocabulary
+    )
 
 
 def preset(name):
@@ -108,9 +111,7 @@ def set_ending(model, probability):
     """
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = inputs.data_ptr() == outputs.data_ptr()
-    final_norm = [m for name, m in model.named_modules() if name.endswith(("ln_f", "model.norm", "final_layer_norm"))][
-        -1
-    ]
+    (final_norm,) = (module for name, module in model.named_modules() if name.endswith(FINAL_NORMS))
     if getattr(final_norm, "bias", None) is not None:
         final_norm.bias[0] = 30.0
         outputs[:, 0] = 0.0
