@@ -141,7 +141,7 @@ def run_floor(job, turns):
         turns.step_done(**seconds, gflop=sum(map(floors.phase_flops, work.values())) / 1e9)
 
 
-RUNS = {"ppo": run_ppo, "decode": run_decode, "sft": run_sft, "reward_model": run_reward_model}
+RUNS = {"ppo": run_ppo, "decode": run_decode, "sft": run_sft, "reward_model": run_reward_model, "ranks": run_ppo}
 
 
 def main(job):
