@@ -1,0 +1,171 @@
+"""The least that the work of each phase can take on this machine: what speed.py holds the contenders against.
+
+On CPU a phase's floor is the time of its bare matrix products, run here in the same shapes, order and dtype, each with
+weights of its own. The products of attention (queries by keys, probabilities by values, only at or before the query)
+are counted and charged at the speed that the linear layers reach. On CUDA training and scoring are charged at the peak
+of a large product measured here, decoding with the bytes of weights and cache over the bandwidth of a large copy.
+
+The work, B rows of P query and R response tokens, T = P + R:
+    rollout    a prefill of B * P tokens and R - 1 decoding steps of B tokens through the policy; its head at B * R
+    score      one forward of policy, reference, critic and reward model; heads of the first two at the response only
+    update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
+    sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows
+
+No head of the critic, no softmax, norm, activation, sampling or optimizer is counted: a floor is what remains when all
+of them are free.
+"""
+
+import copy
+from collections import namedtuple
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from turns import clock
+
+Product = namedtuple("Product", "rows inner outer times backward")  # (rows, inner) @ (inner, outer), `times` in a row
+Model = namedtuple("Model", "body head layers width kv_width")  # linear layers [(inner, outer)], LM head (inner, outer)
+
+
+def model_shape(config):
+    """The linear layers of a causal model, from a copy without weights. width and kv_width: of a layer's queries and keys."""
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config)
+        body = AutoModel.from_config(config)
+    layers = []
+    for module in body.modules():
+        if isinstance(module, Conv1D):
+            layers.append(tuple(module.weight.shape))
+        elif isinstance(module, torch.nn.Linear):
+            layers.append((module.in_features, module.out_features))
+    head, text = causal.get_output_embeddings(), config.get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_width = (getattr(text, "num_key_value_heads", None) or heads) * head_width
+    return Model(layers, (head.in_features, head.out_features), text.num_hidden_layers, heads * head_width, kv_width)
+
+
+def products(model, tokens, head_tokens, times=1, backward=False):
+    """The matrix products of `times` passes over `tokens` tokens, the head at `head_tokens` of them (0: no head)."""
+    passes = [Product(tokens, inner, outer, times, backward) for inner, outer in model.body]
+    return passes + ([Product(head_tokens, *model.head, times, backward)] if head_tokens else [])
+
+
+def product_flops(work):
+    """A multiplication and an addition count as two; a backward is two more products of the same size."""
+    return sum((6 if p.backward else 2) * p.times * p.rows * p.inner * p.outer for p in work)
+
+
+def attention_flops(model, rows, first, last, times=1, backward=False):
+    """Queries at positions first .. last - 1 of each row (counted from 0) see the keys up to their own position."""
+    pairs = rows * (last * (last + 1) - first * (first + 1)) // 2
+    return (3 if backward else 1) * times * 4 * model.width * model.layers * pairs
+
+
+def phases(policy, critic, kind, B, P, R, epochs=1):
+    """{phase: (list of lists of products, FLOPs of attention)}; `kind` is a part of speed.py, models are `Model`s."""
+    T = P + R
+    prefill = products(policy, B * P, B)
+    decode = products(policy, B, B, times=R - 1)
+    rollout = ([prefill, decode], attention_flops(policy, B, 0, T - 1))
+    if kind == "decode":
+        return {"rollout": rollout}
+    if kind == "sft":
+        work = products(policy, B * T, B * R, backward=True)
+        return {"update": ([work], attention_flops(policy, B, 0, T, backward=True))}
+    if kind == "reward_model":
+        work = products(critic, 2 * B * T, 0, backward=True)
+        return {"update": ([work], attention_flops(critic, 2 * B, 0, T, backward=True))}
+    both = [products(policy, B * T, B * R), products(critic, B * T, 0)]
+    forward = attention_flops(policy, B, 0, T) + attention_flops(critic, B, 0, T)
+    update = [products(policy, B * T, B * R, epochs, True), products(critic, B * T, 0, epochs, True)]
+    return {"rollout": rollout, "score": (both + both, 2 * forward), "update": (update, 3 * epochs * forward)}
+
+
+def phase_flops(phase):
+    """FLOPs of one entry of `phases`."""
+    work, attention = phase
+    return sum(map(product_flops, work)) + attention
+
+
+def decode_bytes(policy, B, P, R, size):
+    """Bytes that R - 1 decoding steps read and write at least: the weights at each step, the keys and values of all rows
+    before it, and its own. size: bytes of an element."""
+    weights = sum(inner * outer for inner, outer in [*policy.body, policy.head])
+    cache = sum(policy.layers * 2 * policy.kv_width * B * (P + t + 1) for t in range(R - 1))
+    return size * ((R - 1) * weights + cache)
+
+
+class BareProducts:
+    """The products of a phase as tensors. Passes that repeat run once and are counted `times`, but for the decoding steps,
+    which are short and run all."""
+
+    def __init__(self, work, dtype):
+        self.passes = []
+        for group in work:
+            tensors = []
+            for p in group:
+                x, w = torch.randn(p.rows, p.inner).to(dtype), torch.randn(p.inner, p.outer).to(dtype)
+                out = torch.randn(p.rows, p.outer).to(dtype)
+                gradients = (torch.empty_like(x), torch.empty_like(w)) if p.backward else (None, None)
+                tensors.append((x, w, out, *gradients))
+            self.passes.append((tensors, group[0].times, group[0].backward))
+
+    def seconds(self):
+        """Of all passes, measured."""
+        total = 0.0
+        for tensors, times, backward in self.passes:
+            runs = 1 if backward else times
+            began = clock()
+            for _ in range(runs):
+                for x, w, out, dx, dw in tensors:
+                    torch.mm(x, w, out=out)
+                    if backward:
+                        torch.mm(out, w.t(), out=dx)
+                        torch.mm(x.t(), out, out=dw)
+            total += (clock() - began) * times / runs
+        return total
+
+
+def cpu_floor(work, dtype):
+    """A function () -> {phase: seconds} that measures anew at each call."""
+    bare = {name: BareProducts(phase[0], dtype) for name, phase in work.items()}
+
+    def measure():
+        seconds = {}
+        for name, (groups, attention) in work.items():
+            linear = sum(map(product_flops, groups))
+            seconds[name] = bare[name].seconds() * (linear + attention) / linear
+        return seconds
+
+    return measure
+
+
+def peak_flops(dtype, size=8192, runs=10):
+    """FLOP/s of a large square product on the GPU."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    (a @ b, a @ b)
+    began = clock()
+    for _ in range(runs):
+        torch.mm(a, b)
+    return 2 * size**3 * runs / (clock() - began)
+
+
+def bandwidth(bytes_=2**31, runs=10):
+    """Bytes a second that a large copy reads and writes on the GPU."""
+    a = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
+    b = copy.deepcopy(a)
+    b.copy_(a)
+    began = clock()
+    for _ in range(runs):
+        b.copy_(a)
+    return 2 * bytes_ * runs / (clock() - began)
+
+
+def gpu_seconds(work, step_bytes, prefill_flops, flops_per_second, bytes_per_second):
+    """{phase: seconds} from a device's two speeds; rollout: the prefill's FLOPs and the steps' bytes."""
+    seconds = {name: phase_flops(phase) / flops_per_second for name, phase in work.items()}
+    if "rollout" in work:
+        seconds["rollout"] = prefill_flops / flops_per_second + step_bytes / bytes_per_second
+    return seconds
