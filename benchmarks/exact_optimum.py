@@ -78,39 +78,46 @@ def build_task(folder, seed):
 
 
 def sequence_logprobs(model_folder):
-    """Log-probabilities (512,) of all responses, and the mean entropy of a step, in fp64: forward passes and sums."""
+    """Log-probabilities (512,) of all responses and the entropies (512,3) of the steps they pass, in fp64."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval()
     sequences = torch.tensor(list(itertools.product(range(PAD), repeat=LENGTH)))
     ids = torch.cat([torch.full((len(sequences), 1), LETTERS.index(PROMPT)), sequences], 1)
     with torch.no_grad():
         steps = torch.log_softmax(model(ids).logits[:, :-1, :PAD], -1)
     logprobs = steps.gather(-1, sequences[..., None]).squeeze(-1).sum(1)
-    entropies = -(steps.exp() * steps).sum(-1)  # (512, 3) of the states that each sequence passes
-    return logprobs, (logprobs.exp()[:, None] * entropies).sum().item() / LENGTH
+    return logprobs, -(steps.exp() * steps).sum(-1)
 
 
 def exact(policy_folder, reference_folder, seed, beta):
-    """Everything about a policy that sampling would only estimate, as floats."""
+    """Everything about a policy that sampling would only estimate: {name: float}, and {name: (mean, standard deviation
+    of one response)} of what ppo_rlhf.py logs under that name."""
     texts = ["".join(LETTERS[i] for i in y if i != EOS) for y in itertools.product(range(PAD), repeat=LENGTH)]
     r = torch.tensor(reward(None, texts, [seed] * len(texts)), dtype=torch.float64)
-    (logp, step_entropy), (log_ref, _) = sequence_logprobs(policy_folder), sequence_logprobs(reference_folder)
+    (logp, entropies), (log_ref, _) = sequence_logprobs(policy_folder), sequence_logprobs(reference_folder)
     log_z = torch.logsumexp(log_ref + r / beta, 0)
     log_star = log_ref + r / beta - log_z
-    p, star = logp.exp(), log_star.exp()
-    score, kl = (p * r).sum(), (p * (logp - log_ref)).sum()
-    return {
-        "kl_to_optimum": (p * (logp - log_star)).sum().item(),
-        "objective": (score - beta * kl).item(),
+
+    def moments(x):
+        mean = (logp.exp() * x).sum()
+        return mean.item(), (logp.exp() * (x - mean) ** 2).sum().sqrt().item()
+
+    logged = {
+        "objective/scores": moments(r),
+        "objective/kl": moments(logp - log_ref),
+        "objective/rlhf_reward": moments(r - beta * (logp - log_ref)),
+        "objective/entropy": moments(-logp),
+        "policy/entropy_avg": moments(entropies.mean(1)),
+    }
+    known = {
+        "kl_to_optimum": moments(logp - log_star)[0],
+        "objective": moments(r - beta * (logp - log_ref))[0],
         "optimum": (beta * log_z).item(),
-        "score": score.item(),
-        "kl": kl.item(),
-        "entropy": -(p * logp).sum().item(),
-        "step_entropy": step_entropy,
-        "score_sd": (p * (r - score) ** 2).sum().sqrt().item(),
-        "kl_sd": (p * (logp - log_ref - kl) ** 2).sum().sqrt().item(),
-        "optimum_kl_to_reference": (star * (log_star - log_ref)).sum().item(),
+        "score": moments(r)[0],
+        "kl": moments(logp - log_ref)[0],
+        "optimum_kl": (log_star.exp() * (log_star - log_ref)).sum().item(),
         "reference_kl_to_optimum": (log_ref.exp() * (log_ref - log_star)).sum().item(),
     }
+    return known, logged
 
 
 def solve(args, seed, folder, **changes):
@@ -136,7 +143,7 @@ def main(args):
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             run, reference, seconds = solve(args, seed, Path(folder))
-            row = {"seed": seed, "seconds": seconds, **exact(run / "model", reference, seed, args.beta)}
+            row = {"seed": seed, "seconds": seconds, **exact(run / "model", reference, seed, args.beta)[0]}
         rows.append(row)
         print(f"\nseed {seed}: KL to the optimum {row['kl_to_optimum']:.5f} nats; objective {row['objective']:.4f} of")
         print(
