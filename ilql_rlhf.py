@@ -186,7 +186,7 @@ def ilql_loss(
     backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)
     q_loss = sum((backup - q) ** 2 for q in taken_qs)
     # Expectile regression (IQL, eq. 5): where the target is above V the error weighs tau, elsewhere 1 - tau.
-    v_loss = torch.where(target_q >= vs, tau, 1 - tau) * (target_q - vs) ** 2
+    v_loss = (tau - (target_q < vs).to(vs.dtype)).abs() * (target_q - vs) ** 2
     # Conservatism (Kumar et al. 2020) over tokens: -log softmax(Q) of the action.
     cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))
     # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, eq. 7).
