@@ -104,7 +104,9 @@ def test_a_high_expectile_pulls_v_up():
     """The weight is tau where the target is above V: the minimum over V lies above the mean of the targets."""
     case = loss_case(1)
     low, high = (
-        ilql_rlhf.ilql_loss(*({**case, "vs": case["target_qs"][0][..., 0] * 0 + v}[n] for n in TENSORS), **SETTINGS)["v"]
+        ilql_rlhf.ilql_loss(*({**case, "vs": case["target_qs"][0][..., 0] * 0 + v}[n] for n in TENSORS), **SETTINGS)[
+            "v"
+        ]
         for v in (-5.0, 5.0)  # all targets are above -5 and below 5
     )
     targets = case["target_qs"][0].gather(-1, case["actions"][..., None]).squeeze(-1)[case["mask"]]
@@ -187,7 +189,9 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     whole = numbers(ilql_rlhf.ilql_loss(*(case[name] for name in TENSORS), **SETTINGS))
     for i in range(3):
         part = {name: [q[i : i + 1] for q in x] if isinstance(x, list) else x[i : i + 1] for name, x in case.items()}
-        losses = numbers(ilql_rlhf.ilql_loss(*(part[name] for name in TENSORS), **SETTINGS, num_tokens=torch.tensor(10)))
+        losses = numbers(
+            ilql_rlhf.ilql_loss(*(part[name] for name in TENSORS), **SETTINGS, num_tokens=torch.tensor(10))
+        )
         total = {name: total[name] + losses[name] for name in total}
     assert total == pytest.approx(whole, abs=1e-12)
 
@@ -443,7 +447,10 @@ def test_cuts_are_made_under_the_behaviour_policy_before_the_shift(gpt2_folder):
             expected = torch.log(p[kept] / p[kept].sum()) + 5.0 * (target - value)[kept]
             torch.testing.assert_close(steered[i, kept], expected, atol=1e-4, rtol=1e-4)
     late = ilql.steered_logits(hidden, 5.0, FORBIDDEN).topk(3).indices  # what cutting the sum would keep
-    assert any(not early[tokens].isfinite().all() for early, tokens in zip(ilql.steered_logits(hidden, 5.0, FORBIDDEN, top_k=3), late))
+    assert any(
+        not early[tokens].isfinite().all()
+        for early, tokens in zip(ilql.steered_logits(hidden, 5.0, FORBIDDEN, top_k=3), late)
+    )
 
 
 @torch.no_grad()
@@ -477,7 +484,9 @@ def test_compiled_step_samples_the_same_tokens(gpt2_folder):
 
 
 @pytest.mark.parametrize(
-    ("row", "length"), [([9, 5, 5], 1), ([5, 5, 9], 3), ([5, 5, 5], 3), ([5, 9, 9], 2)], ids=["first", "last", "none", "two"]
+    ("row", "length"),
+    [([9, 5, 5], 1), ([5, 5, 9], 3), ([5, 5, 5], 3), ([5, 9, 9], 2)],
+    ids=["first", "last", "none", "two"],
 )
 def test_response_mask(row, length):
     assert ilql_rlhf.response_mask(torch.tensor([row]), [9]).tolist() == [[i < length for i in range(3)]]
@@ -631,5 +640,7 @@ def test_collate():
 def test_mistakes_in_the_file_end_in_one_line(capsys, gpt2_folder, tmp_path):
     base = {"model": gpt2_folder, "output_dir": str(tmp_path / "run")}
     lines = [dict(GOOD), dict(GOOD) | {"reward": None}]
-    refuses(capsys, "ilql_rlhf", base | {"dataset": write_jsonl(tmp_path / "a.jsonl", lines)}, r"a.jsonl: row 2: reward")
+    refuses(
+        capsys, "ilql_rlhf", base | {"dataset": write_jsonl(tmp_path / "a.jsonl", lines)}, r"a.jsonl: row 2: reward"
+    )
     assert len(read_jsonl(tmp_path / "a.jsonl")) == 2
