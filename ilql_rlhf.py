@@ -78,7 +78,7 @@ class Args:
     """weight of the AWAC loss"""
     alpha: float = 0.1
     """Polyak: the share of the online Q heads in the targets' next value, after every optimizer step"""
-    lr: float = 2e-4
+    lr: float = 1e-3
     """learning rate of the first step; decays linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""

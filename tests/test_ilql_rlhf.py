@@ -260,7 +260,7 @@ def test_q_and_v_reach_the_fixed_point_of_the_expectile_backup(tau, gpt2_folder)
     policy = AutoModelForCausalLM.from_pretrained(gpt2_folder, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0).eval()
     rows = tree()
     Q, V = solve(rows, tau)
-    qs, target_qs, vs = learn(ilql_rlhf.ILQL(policy, 2), rows, tau, steps=1500, lr=4e-3)
+    qs, target_qs, vs = learn(ilql_rlhf.ILQL(policy, 2), rows, tau, steps=800, lr=6e-3)
     spread = max(r for _, r in rows) - min(r for _, r in rows)
     for i, (ids, _) in enumerate(rows):
         for j in range(len(ids) - 1):

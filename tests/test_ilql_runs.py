@@ -3,6 +3,7 @@
 Most runs call `main` in this process, because a start costs seconds; one is a real subprocess.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -229,7 +230,7 @@ def test_targets_follow_every_optimizer_step(settings, tmp_path):
     states = [state(folder, step)["model"] for step in (1, 2, 3)]  # one pass over the rows
     names = [name for name in states[0] if ".target_q." in name]
     assert len(names) == 8
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         for name in names:
             online = after[name.replace("target_q", "q")]
             torch.testing.assert_close(after[name], 0.3 * online + 0.7 * before[name])
