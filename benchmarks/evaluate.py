@@ -7,6 +7,8 @@
                   ref_perplexity = exp(mean over real tokens of -ref_logprob), at temperature 1
     3. greedy     with --greedy: the most likely response to each prompt that was sampled from
     4. best of n  with --best_of_n: what picking the best of n by the first scorer gives, in every scorer
+    steered       with --beta and the model folder of ilql_rlhf.py: everything above is about the policy that Q and V steer,
+                  kl too; it is defined at the temperature of its own behaviour policy
     5. pairs      with --pairs: how often each reward model prefers the chosen response; a tie counts half
 
     python benchmarks/evaluate.py --model runs/ppo_rlhf__1__1700000000/model --ref_model runs/sft__1__1700000000/model \
@@ -40,11 +42,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are files in the root, not a package
 
+from ilql_rlhf import generate_steered, load_ilql
 from ppo_rlhf import (
     bf16_copy,
     call_reward_fn,
     encode_prompts,
     generate,
+    last_hidden,
     last_token_scores,
     left_pad,
     load_tokenizer,
@@ -85,6 +89,9 @@ class Args:
     """responses in all, spread evenly over the prompts"""
     temperature: float = 1.0
     """divides the logits in sampling and in kl; 0: the most likely token (and no kl)"""
+    beta: float | None = None
+    """steer --model, a folder with ilql_heads.safetensors, by its Q and V: softmax(log pi_beta + beta * (Q - V)); none:
+    the plain model, which is pi_beta"""
     greedy: bool = False
     """report also the most likely response to each prompt that was sampled from"""
     best_of_n: tuple[int, ...] = ()
@@ -188,6 +195,24 @@ def load_policy(path, flag, tokenizer, device):
     return policy.requires_grad_(False).to(device), forbidden
 
 
+class SteeredPolicy:
+    """An ILQL module in the place of a plain policy: sampled with `generate_steered`, and its log-probabilities."""
+
+    def __init__(self, path, beta, device):
+        self.ilql, self.beta = load_ilql(path).requires_grad_(False).to(device), beta
+        self.config = self.ilql.policy.config
+
+    def generate(self, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden):
+        options = {"temperature": temperature, "forbidden": forbidden}
+        return generate_steered(self.ilql, queries, query_mask, uniforms, self.beta, stop_ids, pad_id, **options)
+
+    def response_logits(self, input_ids, attention_mask, response_length, forbidden, temperature):
+        """(B,R,V) that predict the response's tokens: log-probabilities but for a constant, at temperature 1."""
+        hidden = last_hidden(self.ilql.policy, input_ids, attention_mask)[:, -response_length - 1 : -1]
+        logits = self.ilql.steered_logits(hidden.flatten(0, 1), self.beta, forbidden, temperature)
+        return logits.view(*hidden.shape[:2], -1)
+
+
 def load_reward_model(path, device):
     """A sequence classifier with one label, as reward_model.py saves it."""
     model, missing = load_pretrained(AutoModelForSequenceClassification, path, ["score.weight"], num_labels=1)
@@ -210,13 +235,15 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
     sampler, policy, forbidden, reference, ref_forbidden = policies
     device, R, size = ranks.device, uniforms.shape[1], args.batch_size
     stop_ids, pad_id = [tokenizer.eos_token_id], tokenizer.pad_token_id
-    P, results = max(len(ids) for ids, _ in prompts), []
+    P, results, is_steered = max(len(ids) for ids, _ in prompts), [], isinstance(policy, SteeredPolicy)
     for step in progress(0, -(-len(prompts) // size), ranks, name):
         part = slice((step - 1) * size, step * size)
         rows = [row for _, row in prompts[part]]
         queries, query_mask = left_pad([ids for ids, _ in prompts[part]], P, pad_id, device)
         block = uniforms[part].to(device)
-        responses = generate(sampler, queries, query_mask, block, temperature, stop_ids, pad_id, forbidden)
+        inputs = (queries, query_mask, block, temperature, stop_ids, pad_id, forbidden)
+        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16" and is_steered):
+            responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs)
         mask = response_mask(responses, stop_ids)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
         texts = [
@@ -233,8 +260,11 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
                 nll = -token_logprobs(ref_logits, responses, 1.0)[0]
                 columns["nll"] = torch.where(mask, nll, 0.0).sum(1).tolist()
             if reference is not None and temperature > 0:
-                logits = response_logits(policy, input_ids, attention_mask, R, forbidden)
-                logprobs, _ = token_logprobs(logits, responses, temperature)
+                if is_steered:  # the temperature is inside already
+                    logits = policy.response_logits(input_ids, attention_mask, R, forbidden, temperature)
+                else:
+                    logits = response_logits(policy, input_ids, attention_mask, R, forbidden)
+                logprobs, _ = token_logprobs(logits, responses, 1.0 if is_steered else temperature)
                 ref_logprobs, _ = token_logprobs(ref_logits, responses, temperature)
                 columns["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).tolist()
         for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -359,6 +389,10 @@ def check_args(args):
             raise UserError(f"--best_of_n {n}: must lie between 1 and --num_samples {args.num_samples}")
     if args.best_of_n and not args.reward_models and not args.reward_fns:
         raise UserError("--best_of_n: needs --reward_models or --reward_fns to pick with")
+    if args.beta is not None and not (args.model and Path(args.model, "ilql_heads.safetensors").is_file()):
+        raise UserError(
+            f"--beta {args.beta}: --model must be a model folder of ilql_rlhf.py, with ilql_heads.safetensors"
+        )
     for path in [args.model, args.ref_model, *args.reward_models]:
         if path:
             check_path(path)
@@ -397,7 +431,9 @@ def main(args):
         reference, ref_forbidden = None, None
         if args.ref_model:
             reference, ref_forbidden = load_policy(args.ref_model, "--ref_model", tokenizer, device)
-        sampler = bf16_copy(policy) if args.precision == "bf16" else policy
+        if args.beta is not None:
+            policy = SteeredPolicy(args.model, args.beta, device)
+        sampler = bf16_copy(policy) if args.precision == "bf16" and args.beta is None else policy
         policies = (sampler, policy, forbidden, reference, ref_forbidden)
         scorers = {}
         for path, name in zip(args.reward_models, model_names, strict=True):

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import ilql_rlhf
 from benchmarks import curves, evaluate
-from utils import launch
+from utils import launch, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcd"
@@ -249,6 +250,57 @@ def test_intervals_hold_the_exact_expectations_of_an_enumerable_case(world, tmp_
     assert exact["kl"] > 0.1
 
 
+@pytest.fixture(scope="module")
+def steered(world):
+    """The policy's folder with heads of its own, large enough that steering moves tokens."""
+    policy, _ = load_pretrained(AutoModelForCausalLM, world["policy"])
+    torch.manual_seed(6)
+    ilql = ilql_rlhf.ILQL(policy, 2)
+    for parameter in ilql.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    folder = world["folder"] / "steered"
+    ilql.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_beta_zero_is_the_plain_model(world, steered, tmp_path):
+    common = {"model": steered, "dataset": world["prompts"], "num_samples": 40, "ref_model": world["reference"]}
+    plain, rows = run_evaluate(tmp_path, **common, temperature=0.8)
+    zero, same = run_evaluate(tmp_path, **common, temperature=0.8, beta=0.0)
+    assert [row["response"] for row in rows] == [row["response"] for row in same]
+    assert zero["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], abs=1e-5)
+    assert zero["metrics"]["ref_perplexity"] == pytest.approx(plain["metrics"]["ref_perplexity"], abs=1e-5)
+    _, other = run_evaluate(tmp_path, **common, temperature=0.8, beta=2.0)
+    assert [row["response"] for row in rows] != [row["response"] for row in other]
+
+
+@torch.no_grad()
+def test_steered_kl_is_that_of_the_steered_distribution(world, steered, tmp_path):
+    """Each sample's log-probabilities from unpadded rows, the heads applied by hand."""
+    result, rows = run_evaluate(
+        tmp_path, model=steered, ref_model=world["reference"], dataset=world["prompts"], num_samples=20, beta=1.5,
+        temperature=0.7,
+    )  # fmt: skip
+    ilql, tokenizer = ilql_rlhf.load_ilql(steered), build_tokenizer()
+    reference = AutoModelForCausalLM.from_pretrained(world["reference"]).eval()
+    banned = torch.arange(8) >= 5
+    for row in rows:
+        query = tokenizer(row["query"]).input_ids
+        response = tokenizer(row["response"]).input_ids + [tokenizer.eos_token_id] * row["has_eos"]
+        ids = torch.tensor([query + response])
+        places = slice(len(query) - 1, -1)
+        h = ilql.policy(ids, output_hidden_states=True).hidden_states[-1][0, places]
+        advantage = torch.minimum(*(q(h) for q in ilql.heads["target_q"])) - ilql.heads["v"][0](h)
+        logits = ilql.policy.lm_head(h).masked_fill(banned, -math.inf)
+        logprobs = torch.log_softmax(torch.log_softmax(logits / 0.7, -1) + 1.5 * advantage, -1)
+        ref_logits = reference(ids).logits[0, places].masked_fill(banned, -math.inf)
+        log_ratio = logprobs - torch.log_softmax(ref_logits / 0.7, -1)
+        kl = log_ratio.gather(1, torch.tensor(response)[:, None]).sum().item()
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+    assert result["metrics"]["kl"]["mean"] == pytest.approx(sum(row["kl"] for row in rows) / 20, abs=1e-4)
+
+
 def test_batch_size_does_not_change_the_samples_and_the_seed_does(world, tmp_path):
     common = {"model": world["policy"], "dataset": world["prompts"], "num_samples": 40}
     _, rows = run_evaluate(tmp_path, **common)
@@ -341,6 +393,7 @@ def test_names_of_scorers(world, tmp_path):
         ({"model": "{policy}", "response_length": 40}, "32 positions"),
         ({"model": "{policy}", "best_of_n": (4,)}, "needs --reward_models or --reward_fns"),
         ({"model": "{policy}", "best_of_n": (500,), "reward_fns": ("{count_a}",)}, "--best_of_n 500"),
+        ({"model": "{policy}", "beta": 1.0}, "--beta 1.0: --model must be a model folder of ilql_rlhf.py"),
         ({"model": "{policy}", "num_samples": 0}, "--num_samples 0"),
         ({"model": "{policy}", "temperature": -1.0}, "--temperature -1.0"),
         ({"model": "{policy}", "output": "{prompts}"}, "exists already"),

@@ -1,0 +1,500 @@
+"""ILQL, implicit language Q-learning: offline RL from rated text alone (Snell et al. 2022; IQL: Kostrikov et al. 2021).
+
+    1. batch    rows of (prompt, completion, reward) or dialogues; each token that the agent says is an action
+    2. loss     one trunk; the LM head is the behaviour policy pi_beta; heads V, twin Q, target Q. Of each action:
+                q      (r + gamma * V(next state) - Q)^2; behind the last action there is no next V
+                v      expectile tau of the smaller target Q: near its maximum over the actions that the data holds
+                cql    cross-entropy of softmax(Q) at the action, which keeps Q low where there is no data
+                awac   cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
+    3. update   AdamW, learning rate decaying linearly to 0; then target = alpha * online + (1 - alpha) * target
+    evaluate    sample from softmax(log pi_beta + beta * (target Q - V)) at each beta of --eval_betas
+
+One process:     python ilql_rlhf.py
+Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
+
+Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width.
+State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. The
+environment's tokens are read but are no actions, so the state after a turn's last action is that of the next turn's
+first. A turn's reward is paid for its last token; terminal marks a row's last action.
+Deviations from the paper's code: one trunk serves pi_beta, Q and V, and the Q heads alone have targets (there: two
+trunks, and a target of one); AWAC is a mean over action tokens, not over all tokens.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
+
+from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_function, load_pretrained
+from utils import load_rows, prepare, progress, save_pretrained, seeded, wrap
+
+
+@dataclass
+class Args:
+    model: str = "data/randomwalks/model"
+    """what is trained: a Hub name or a folder, best of a finished sft.py run; a config alone: from random weights"""
+    dataset: str = "data/randomwalks/rated.jsonl"
+    """rows with prompt+completion+reward, or messages+reward; for messages also a list, one per assistant turn"""
+    eval_dataset: str | None = None
+    """rows with prompt to sample from, their other columns for --reward_fn; none: prompts.jsonl beside --dataset"""
+    reward_fn: str | None = None
+    """path/to/file.py:function that scores samples; none, and no --reward_model: the embedded task's, for its data"""
+    reward_model: str | None = None
+    """a folder or Hub name of a reward model that scores samples; neither is ever trained on"""
+    output_dir: str | None = None
+    """the run folder, which must not exist yet; none: runs/ilql_rlhf__<seed>__<time>"""
+    seed: int = 1
+    """seeds the new weights, the order of the rows and the sampling"""
+    num_epochs: int = 20
+    """passes over the rows"""
+    batch_size: int = 100
+    """rows per optimizer step, over all ranks"""
+    micro_batch_size: int = 100
+    """rows per forward on one rank: a memory knob, without effect on the objective"""
+    max_length: int = 512
+    """tokens; of longer rows the prompt loses its start; where that is not enough, and dialogues, are left out"""
+    normalize_rewards: bool = False
+    """subtract the mean of the data set's rewards and divide by their standard deviation"""
+    num_qs: Literal[1, 2] = 2
+    """Q heads; of two, the smaller target counts"""
+    tau: float = 0.8
+    """expectile, between 0 and 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
+    gamma: float = 0.99
+    """discount per action"""
+    beta: float = 0.0
+    """exponent of AWAC's weight, per unit of reward; 0: plain behaviour cloning"""
+    cql_weight: float = 0.1
+    """weight of the CQL loss"""
+    awac_weight: float = 1.0
+    """weight of the AWAC loss"""
+    alpha: float = 0.1
+    """Polyak: the share of the online Q heads in the targets' next value, after every optimizer step"""
+    lr: float = 1e-3
+    """learning rate of the first step; decays linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger global norm are scaled down to it; 0: never"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """what forwards and backwards compute in; weights, optimizer state, losses, Q and V are fp32 always"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the training forward, the loss and the decoding step"""
+    eval_betas: tuple[float, ...] = (0.0, 1.0, 100.0)
+    """steering strengths to sample with, per unit of reward; 0 is pi_beta"""
+    eval_every: int = 100
+    """steps between two evaluations; the last step is always evaluated"""
+    eval_samples: int = 200
+    """responses at each beta, over all ranks, spread evenly over the prompts"""
+    response_length: int = 10
+    """tokens sampled at most, the EOS included; a prompt keeps its last max_length - response_length tokens"""
+    log_every: int = 20
+    """steps between two lines of metrics"""
+    save_every: int = 0
+    """steps between two checkpoints to resume from; 0: none"""
+    resume: str | None = None
+    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    track: Literal["none", "wandb", "tensorboard"] = "none"
+    """where metrics go besides metrics.jsonl"""
+
+
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
+
+
+def last_hidden(model, input_ids, attention_mask):
+    """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
+    inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
+    inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return model.base_model(input_ids.masked_fill(attention_mask == 0, 0), **inputs).last_hidden_state
+
+
+class ILQL(torch.nn.Module):
+    """The policy (trunk and pi_beta), and V, Q, target Q on its last hidden state: Linear(d,2d)-ReLU-Linear, in full
+    precision. One module, so that the loss goes through one compiled and distributed wrapper's forward."""
+
+    def __init__(self, policy, num_qs, **config):
+        super().__init__()
+        (V, d), nn = policy.get_output_embeddings().weight.shape, torch.nn
+        v, *qs = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in [1] + [V] * num_qs]
+        self.policy, self.config = policy, {"num_qs": num_qs, **config}
+        self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(qs)})
+        self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
+
+    def values(self, name, hidden):
+        """What the heads of that name say at hidden (...,d): a list of (...,V), one per Q head; "v": of one (...,1)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return [head(hidden.to(head[0].weight.dtype)) for head in self.heads[name]]
+
+    def forward(self, input_ids, attention_mask, states):
+        """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions."""
+        hidden = last_hidden(self.policy, input_ids, attention_mask)
+        hidden = hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))  # (B,A,d)
+        logits, (vs,) = self.policy.get_output_embeddings()(hidden), self.values("v", hidden)
+        return logits, self.values("q", hidden), self.values("target_q", hidden.detach()), vs.squeeze(-1)
+
+    def steered_logits(self, hidden, beta, forbidden, temperature=1.0, top_k=None, top_p=1.0):
+        """`steer` at hidden (B,d), -inf for forbidden (V,) ids. Temperature and cuts shape pi_beta before Q and V shift
+        it (trlX: after). Temperature 0 shapes nothing: whoever samples then takes the likeliest token."""
+        logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0)
+        logits = logits.masked_fill(forbidden, -math.inf)
+        logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+        logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+        return steer(logits, self.values("target_q", hidden), self.values("v", hidden)[0].squeeze(-1), beta)
+
+    @torch.no_grad()
+    def update_targets(self, alpha):
+        """Polyak averaging: target = alpha * online + (1 - alpha) * target."""
+        torch._foreach_lerp_(*(list(self.heads[name].parameters()) for name in ("target_q", "q")), alpha)
+
+    def save_pretrained(self, folder):
+        """A plain causal LM, and beside it two files that only `load_ilql` reads."""
+        self.policy.save_pretrained(folder)
+        save_file(self.heads.state_dict(), f"{folder}/ilql_heads.safetensors")
+        Path(folder, "ilql_config.json").write_text(json.dumps(self.config) + "\n")
+
+
+def load_ilql(path):
+    """The module that a run left in its folder `model` (a local one), ready for `generate_steered`."""
+    (policy, _), config = load_pretrained(AutoModelForCausalLM, path), Path(path, "ilql_config.json").read_text()
+    ilql = ILQL(policy, **json.loads(config))
+    ilql.heads.load_state_dict(load_file(Path(path, "ilql_heads.safetensors")))
+    return ilql.eval()
+
+
+def ilql_loss(
+    qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask,
+    tau, gamma, beta, cql_weight, awac_weight, num_tokens=None,
+):  # fmt: skip
+    """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
+    total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q and cql are sums over heads.
+    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A): actions are ids, terminal and mask bool. Nothing
+    that stands behind the mask reaches a number or a gradient."""
+    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
+    qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
+    vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
+    index = actions.masked_fill(~mask, 0)[..., None]
+    taken_qs = [q.gather(-1, index).squeeze(-1) for q in qs]
+    target_q = torch.stack([q.gather(-1, index).squeeze(-1) for q in target_qs]).amin(0).detach()
+
+    # Temporal difference (IQL, eq. 6): V is the next state's value, so no action that the data lacks is ever asked for.
+    backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)
+    q_loss = sum((backup - q) ** 2 for q in taken_qs)
+    # Expectile regression (IQL, eq. 5): where the target is above V the error weighs tau, elsewhere 1 - tau.
+    v_loss = (tau - (target_q < vs).to(vs.dtype)).abs() * (target_q - vs) ** 2
+    # Conservatism (Kumar et al. 2020) over tokens: -log softmax(Q) of the action.
+    cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))
+    # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, eq. 7).
+    weight = torch.exp(beta * (target_q - vs)).detach()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
+
+    losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
+    losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
+    total = losses["q"] + losses["v"] + cql_weight * losses["cql"] + awac_weight * losses["awac"]
+    return {"total": total, **losses}
+
+
+def steer(logits, target_qs, vs, beta):
+    """log_softmax(logits) + beta * (min target Q - V), (B,V): unnormalised log-probabilities of the steered policy
+    (Snell et al. 2022, section 4). logits (B,V), target_qs a list of (B,V), vs (B,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits, dim=-1) + beta * (torch.stack(target_qs).amin(0) - vs[..., None])
+
+
+def response_mask(responses, stop_ids, min_length=0):
+    """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
+    is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
+    is_stop[:, :min_length] = False
+    stops_before = is_stop.long().cumsum(1) - is_stop.long()
+    return stops_before == 0
+
+
+def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, beta, temperature=1.0, **options):
+    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF: the first id whose
+    cumulative probability exceeds u times the total. temperature 0: the likeliest."""
+    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+    hidden = ilql.policy.base_model(tokens, **inputs).last_hidden_state[:, -1]
+    probabilities = torch.softmax(ilql.steered_logits(hidden, beta, temperature=temperature, **options), dim=-1)
+    likeliest, cumulative = probabilities.argmax(-1, keepdim=True), probabilities.cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    possible = probabilities.gather(1, tokens) > 0  # a parallel cumsum may step down by a rounding error
+    return torch.where(possible & (temperature > 0), tokens, likeliest).squeeze(1)
+
+
+@torch.no_grad()
+def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
+    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token
+    over a static cache of at least P + R slots. query_mask (B,P): real tokens. uniforms (B,R) in [0,1) are all the
+    randomness. A row is pad_id behind its first stop id. options: forbidden (V,), and more of `ILQL.steered_logits`."""
+    (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
+    cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
+    cache.reset()
+    step, stop_ids = step or steered_decode_step, torch.as_tensor(stop_ids, device=device)
+    responses, ended = torch.full((B, R), pad_id, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    tokens, position_ids = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    beta, decode = torch.as_tensor(beta, device=device), steered_decode_step  # a number would be compiled as a constant
+    for t in range(R):
+        tokens = decode(ilql, cache, tokens, position_ids, key_mask, uniforms[:, t], beta, **options).clone()
+        responses[:, t] = torch.where(ended, pad_id, tokens)
+        ended |= torch.isin(tokens, stop_ids)
+        if t % 8 == 7 and ended.all():  # asking the device costs a wait, so not at every token
+            break
+        key_mask[:, P + t] = 1
+        tokens, position_ids, decode = tokens[:, None], position_ids[:, -1:] + 1, step
+    return responses
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
+    padding by its id would also mask the EOS that the model must learn to say."""
+    check_path(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of many kinds, with long texts
+        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        plain = tokenizer(prompt, add_special_tokens=False).input_ids
+        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+    elif tokenizer.chat_template is None:
+        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
+    else:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def encode_row(tokenizer, row):
+    """(ids, states, paid): token ids, indices of those before an action, and {such an index: a reward}. What the chat
+    template writes between two turns of the agent, and behind the EOS of one, is the environment's."""
+    eos, plain, messages = tokenizer.eos_token, {"add_special_tokens": False}, row.get("messages", [])
+    ids, states, ends, parts, shown = [], [], [], [], ""
+    if isinstance(row.get("completion"), str):
+        parts = [(encode_prompt(tokenizer, row["prompt"]), row["completion"].partition(eos)[0])]
+    elif "completion" in row:
+        messages = row["prompt"] + row["completion"]
+    for i, role in enumerate(message.get("role") for message in messages):
+        if role not in ("system", "user", "assistant", "tool"):
+            raise UserError(f"unknown role {role!r}; known are system, user, assistant and tool")
+        if role != "assistant" or i < len(row.get("prompt", [])):
+            continue
+        query = encode_prompt(tokenizer, messages[:i])
+        start = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (start.startswith(shown) and whole.startswith(start)):
+            raise UserError("the chat template does not render a turn as the continuation of those before it")
+        said, end, _ = whole[len(start) :].partition(eos)
+        parts.append((tokenizer(start[len(shown) :], **plain).input_ids if parts else query, said))
+        shown = start + said + end
+    for environment, said in parts:
+        response = tokenizer(said, **plain).input_ids + [tokenizer.eos_token_id]
+        ids += environment + response
+        states += [i for i in range(len(ids) - len(response) - 1, len(ids) - 1) if i >= 0]
+        ends += states[-1:]  # the state whose action is the turn's last token
+    if not ends or len(ends) < len(parts):
+        raise UserError("no action token: the agent says nothing after something else")
+    rewards = row["reward"] if isinstance(row["reward"], list) else [row["reward"]]
+    if isinstance(row["reward"], list) and len(rewards) != len(ends):
+        raise UserError(f"{len(rewards)} rewards for {len(ends)} assistant turns")
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in rewards):
+        raise UserError(f"reward is {row['reward']!r}, which is not a finite number")
+    return ids, states, dict(zip(ends[-len(rewards) :], rewards))
+
+
+def encode_rated(rows, tokenizer, args):
+    """([(ids, states, actions, rewards)], statistics): of each row that fits its token ids but for the last, which is
+    no state, the indices of those before an action, and these actions' ids and rewards."""
+    if "reward" not in rows.column_names:
+        raise UserError(f"{args.dataset}: needs the column reward; it has {', '.join(rows.column_names)}")
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            ids, states, paid = encode_row(tokenizer, row)
+        except Exception as error:  # chat templates refuse in many ways
+            raise UserError(f"{args.dataset}: row {number}: {error}") from error
+        cut = max(len(ids) - args.max_length, 0)
+        if cut == 0 or ("prompt" in row and cut <= states[0]):  # the prompt's start, never a row's end
+            actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
+            kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
+    print(f"{args.dataset}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than {args.max_length} tokens")
+    given = torch.tensor([x for *_, paid in kept for x in paid if x is not None], dtype=torch.float64)
+    mean, std = (given.mean().item(), given.std(correction=0).item()) if args.normalize_rewards else (0.0, 1.0)
+    if not kept or std == 0:
+        raise UserError(f"{args.dataset}: " + ("all rewards are equal" if kept else "no row is left; see --max_length"))
+    kept = [(*row, [0.0 if x is None else (x - mean) / std for x in paid]) for *row, paid in kept]
+    return kept, {"reward_mean": mean, "reward_std": std}
+
+
+def collate_actions(rows, limits, num_rows, device):
+    """input_ids, attention_mask (B,T), states, actions, rewards, terminal, mask (B,A): right padded to multiples of 8
+    or to the largest T and A of all rows, and filled up with empty rows: compiled code meets few shapes."""
+    rows = rows + [([0], [], [], [])] * (num_rows - len(rows))
+    T, A = (min(-(-max(len(row[k]) for row in rows) // 8) * 8, limit) for k, limit in enumerate(limits))
+    padded = [torch.tensor([row[k] + [0] * (n - len(row[k])) for row in rows]) for k, n in enumerate((T, A, A, A))]
+    attention_mask = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
+    left = torch.tensor([[len(row[1])] for row in rows]) - torch.arange(A)  # actions to come, this one included
+    return [x.to(device) for x in (padded[0], attention_mask, *padded[1:], left == 1, left > 0)]
+
+
+@torch.no_grad()
+def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling):
+    """{eval/score@beta=..} over the samples of all ranks; every beta gets the same prompts and uniforms."""
+    means, mine = Means(), range(args.eval_samples)[ranks.rank :: ranks.world_size]
+    uniforms = torch.rand(args.eval_samples, args.response_length, generator=seeded(args.seed, "samples", step))[mine]
+    sequences, rows = zip(*[prompts[i % len(prompts)] for i in mine])
+    queries = tokenizer.pad({"input_ids": list(sequences)}, padding_side="left", return_tensors="pt").to(ranks.device)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    asked = columns.pop("prompt")
+    for beta in args.eval_betas:
+        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
+            inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
+            responses = generate_steered(ilql, *inputs, **sampling)
+        mask = response_mask(responses, sampling["stop_ids"])
+        texts = [
+            tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
+        ]
+        if not args.reward_model:
+            scores = torch.tensor([float(x) for x in scorer(asked, texts, **columns)])
+        else:  # at the last real token
+            whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]
+            hidden = last_hidden(scorer.to(ranks.device), *whole)[range(len(rows)), mask.sum(1) - mask.shape[1] - 1]
+            scores = scorer.score(hidden).squeeze(-1) - getattr(scorer.config, "score_mean", 0.0)
+        if len(scores) != len(rows) or not scores.isfinite().all():
+            raise UserError(f"--reward_fn {args.reward_fn} must return a finite number for each response")
+        means.add(f"eval/score@beta={beta:g}", scores.to(ranks.device))
+        for q, text, score in zip(asked[: 10 * run.is_main], texts, scores.tolist()):
+            run.append("samples.jsonl", [{"step": step, "beta": beta, "query": q, "response": text, "score": score}])
+    return means.reduce()
+
+
+def main(args):
+    # Everything that can be refused is refused before a model is loaded or a file is written.
+    args = prepare(args)
+    for flag in ("tau", "gamma", "alpha"):
+        if not 0 < getattr(args, flag) <= 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0 and at most 1")
+    tokenizer = load_tokenizer(args.model)
+    rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
+    if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
+        args.reward_fn = "tasks/randomwalks.py:reward"
+    prompts, scorer, R = [], None, args.response_length
+    if args.reward_fn or args.reward_model:
+        args.eval_dataset = args.eval_dataset or str(Path(args.dataset).with_name("prompts.jsonl"))
+        prompts = load_rows(args.eval_dataset, [("prompt",)])
+        prompts = [(encode_prompt(tokenizer, row["prompt"])[-max(args.max_length - R, 1) :], row) for row in prompts]
+        if not all(ids for ids, _ in prompts):
+            raise UserError(f"{args.eval_dataset}: row {[ids for ids, _ in prompts].index([]) + 1} has an empty prompt")
+    if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
+    if args.reward_model:
+        scorer, _ = load_pretrained(AutoModelForSequenceClassification, args.reward_model, num_labels=1)
+    elif args.reward_fn:
+        scorer = load_function(args.reward_fn, "--reward_fn")
+    limits, P = [max(len(row[k]) for row in rows) for k in (0, 1)], max([len(ids) for ids, _ in prompts], default=1)
+    ranks = init_ranks()
+    device, mode = ranks.device, "reduce-overhead" if torch.cuda.is_available() else None
+    check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
+    check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
+    torch.manual_seed(args.seed)
+    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    if max(limits[0], P + R) > getattr(policy.config, "max_position_embeddings", math.inf):
+        raise UserError(f"--max_length: {max(limits[0], P + R)} tokens are more than the positions of {args.model}")
+    if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
+        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    policy.generation_config = GenerationConfig.from_model_config(policy.config)
+    ilql = ILQL(policy, args.num_qs, **statistics).to(device)
+    train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
+    if args.compile:
+        loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
+    parameters = [parameter for parameter in ilql.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    pad_id, forbidden = tokenizer.pad_token_id, torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
+    forbidden[pad_id] = True  # with the ids that no token has: never sampled
+    cache, stop_ids = StaticCache(config=policy.config, max_cache_len=P + R), [tokenizer.eos_token_id]
+    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
+    weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
+    steps_per_epoch = -(-len(rows) // args.batch_size)
+    num_steps = args.num_epochs * steps_per_epoch
+    run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
+    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
+    shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
+    if args.resume:
+        state = run.load_checkpoint()
+        ilql.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    for step in progress(done, num_steps, ranks, "ilql_rlhf"):
+        # 1. batch
+        epoch, i = divmod(step - 1, steps_per_epoch)
+        order = torch.randperm(len(rows), generator=seeded(args.seed, "order", epoch)).tolist()
+        batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
+        num_tokens = torch.tensor(sum(len(row[1]) for row in batch), device=device)  # of all ranks
+        mine = sorted(batch, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
+
+        # 2. loss
+        for k in range(0, max(len(mine), 1), size):
+            tensors = collate_actions(mine[k : k + size], limits, size, device)
+            input_ids, attention_mask, states, actions, rewards, terminal, mask = tensors
+            train_model.require_backward_grad_sync = k + size >= len(mine)
+            with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                logits, qs, target_qs, vs = train_model(input_ids, attention_mask, states)
+            next_vs = F.pad(vs[:, 1:], (0, 1))  # the next column is the next state in which the agent acts
+            losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
+            (losses["total"] * ranks.world_size).backward()  # ranks average: times their number is the sum
+            target_q = torch.stack([q.gather(-1, actions[..., None]).squeeze(-1) for q in target_qs]).amin(0)
+            for name, loss in losses.items():
+                means.add(f"loss/{name}", loss * num_tokens / mask.sum(), mask.sum())
+            weight = torch.exp(args.beta * (target_q - vs))
+            for name, x in {"q": target_q, "v": vs, "advantage": target_q - vs, "awac_weight": weight}.items():
+                means.add(f"val/{name}", x, mask)
+
+        # 3. update
+        lr = args.lr * (1 - (step - 1) / num_steps)
+        optimizer.param_groups[0]["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        ilql.update_targets(args.alpha)
+
+        evaluates = scorer is not None and (step % args.eval_every == 0 or step == num_steps)
+        saves = args.save_every and step % args.save_every == 0
+        if step % args.log_every == 0 or evaluates or saves or step == num_steps:
+            metrics = {**means.reduce(), "lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
+            if evaluates:
+                metrics |= evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
+            run.log(step, metrics, show=shown)
+        if saves:
+            run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
+
+    if ranks.rank == 0:
+        save_pretrained(run.folder / "model", ilql, tokenizer)
+        print(f"\nmodel folder  {run.folder / 'model'}")
+        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model --beta {args.eval_betas[-1]:g}")
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, use_underscores=True))
