@@ -238,6 +238,11 @@ def refuses(capsys, script, options, match):
 # A function on two ranks
 
 
+# What the process that forks the others imports, once: libraries alone, because Python 3.11 does not hand it sys.path.
+PRELOAD = ["pytest", "tyro", "datasets"]
+PRELOAD += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "llama", "auto")]
+
+
 def serve(rank, port, jobs, results):
     """What each of the two processes does: join the group, then run the jobs that arrive."""
     torch.set_num_threads(1)
@@ -270,7 +275,7 @@ class TwoRanks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = torch.multiprocessing.get_context("forkserver")  # imports once, forks twice
-        context.set_forkserver_preload(["conftest", "sft", "reward_model"])
+        context.set_forkserver_preload(PRELOAD)
         self.jobs, self.results = [context.SimpleQueue() for _ in range(2)], context.Queue()
         self.workers = [
             context.Process(target=serve, args=(rank, port, self.jobs[rank], self.results), daemon=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refuses, write_jsonl
+from test_ppo_rlhf import gae_by_sums
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo_rlhf
@@ -26,6 +27,9 @@ def share_of_a(prompts, responses, **columns):
 
 def letters(prompts, responses, **columns):
     return [len(response) for response in responses]
+
+def vowels(prompts, responses, **columns):
+    return [sum(letter in "aeiou" for letter in response) for response in responses]
 
 def bonus(prompts, responses, bonus, **columns):
     assert len(prompts) == len(responses) == len(bonus) and list(columns) == ["note"]
@@ -651,3 +655,158 @@ def test_script_refuses_in_one_line(run_script, settings, tmp_path, changes, fra
     assert len(errors) == 1 and errors[0].startswith("error:") and fragment in errors[0]
     assert not errors[0].rstrip().endswith(":")  # the sentence is finished
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is sampled, and what is claimed about it
+
+
+def rows_of(folder, step):
+    """(query ids, response ids with the EOS, sample) of the batch of one update, which samples.jsonl shows whole."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for row in lines(folder, "samples.jsonl"):
+        if row["step"] == step:
+            ending = [tokenizer.eos_token_id] * (len(row["response"]) < 16)
+            yield tokenizer(row["query"]).input_ids, tokenizer(row["response"]).input_ids + ending, row
+
+
+def test_logged_statistics_are_those_of_the_real_tokens(settings, tmp_path, gpt2_folder):
+    """KL and entropies of the second update, token by token under the checkpointed policy and the model it began as."""
+    flags = {"lr": 3e-3, "temperature": 0.7, "micro_batch_size": 5, "save_every": 1, "updates": 2}
+    folder = run(settings(tmp_path / "run", "letters", **flags))
+    reference, policy = (
+        AutoModelForCausalLM.from_pretrained(gpt2_folder).requires_grad_(False).eval() for _ in range(2)
+    )
+    state = torch.load(folder / "checkpoints" / "step_000001.pt", weights_only=True)["model"]
+    policy.load_state_dict({k.removeprefix("policy."): x for k, x in state.items() if k.startswith("policy.")})
+    forbidden, rows = torch.arange(31) == 0, []
+    for query, response, sample in rows_of(folder, 2):
+        n, ids = len(response), torch.tensor([query + response])
+        both = [
+            model(ids).logits[0, -n - 1 : -1].masked_fill(forbidden, -math.inf) / 0.7 for model in (policy, reference)
+        ]
+        logprobs, ref_logprobs = (torch.log_softmax(x.double(), -1)[range(n), response] for x in both)
+        entropy = torch.distributions.Categorical(logits=both[0][:, 1:]).entropy()
+        rows.append((logprobs, logprobs - ref_logprobs, entropy))
+        assert sample["kl"] == pytest.approx((logprobs - ref_logprobs).sum().item(), abs=1e-4)
+    assert min(log_ratio.sum() for _, log_ratio, _ in rows) < -0.01  # a single response's estimate may be negative
+    assert min(len(log_ratio) for _, log_ratio, _ in rows) < 16  # and there is padding, which must not count
+    logprobs, log_ratios, entropies = map(torch.cat, zip(*rows))
+    k3 = torch.expm1(-log_ratios) + log_ratios
+    expected = {
+        "objective/kl": log_ratios.sum() / 16,
+        "objective/kl_per_token": log_ratios.mean(),
+        "objective/kl_k3": k3.sum() / 16,
+        "objective/kl_k3_per_token": k3.mean(),
+        "objective/entropy": -logprobs.sum() / 16,
+        "policy/entropy_avg": entropies.mean(),
+        "val/sequence_lengths": torch.tensor(len(log_ratios) / 16),
+        "val/ratio": torch.tensor(1.0),
+    }
+    line = lines(folder)[1]
+    assert {name: line[name] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-5
+    )
+    assert line["policy/approxkl_avg"] < 1e-9 and line["policy/clipfrac_avg"] == 0
+
+
+def test_first_value_loss_of_a_reward_model(settings, tmp_path, gpt2_folder, gpt2_rm_folder):
+    """Values that are not 0, and gamma and lam apart: the value loss is half the mean square of GAE's estimates."""
+    folder = run(settings(tmp_path / "run", None, reward_model=gpt2_rm_folder, gamma=0.9, lam=0.5))
+    critic = AutoModelForSequenceClassification.from_pretrained(gpt2_rm_folder, num_labels=1)
+    critic.requires_grad_(False).eval()
+    advantages, returns = [], []
+    for query, response, sample in rows_of(folder, 1):
+        hidden = critic.transformer(torch.tensor([query + response])).last_hidden_state[0]
+        values, n = (hidden @ critic.score.weight[0])[-len(response) - 1 : -1].double(), len(response)
+        rewards = torch.tensor([0.0] * (n - 1) + [sample["score"]], dtype=torch.float64)
+        advantages.append(torch.tensor(gae_by_sums(rewards, values, n, 0.9, 0.5)))
+        returns.append(advantages[-1] + values)
+    advantages, returns = torch.cat(advantages), torch.cat(returns)
+    line = lines(folder)[0]
+    assert line["loss/value_avg"] == pytest.approx(0.5 * (advantages**2).mean().item(), rel=1e-4)
+    explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
+    assert line["val/explained_var"] == pytest.approx(explained.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_sampled_entropy_estimates_the_entropy(settings, tmp_path, temperature):
+    """-log p of a token has its distribution's entropy as mean, if the token was sampled from that distribution."""
+    line = lines(run(settings(tmp_path / "run", temperature=temperature, lr=0.0, batch_size=128)))[0]
+    per_token = line["objective/entropy"] / line["val/sequence_lengths"]
+    assert per_token == pytest.approx(line["policy/entropy_avg"], abs=0.08)  # a thousand tokens
+
+
+def test_every_update_samples_anew(settings, tmp_path):
+    dataset = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 16)
+    folder = run(settings(tmp_path / "run", dataset=dataset, lr=0.0, updates=2))
+    first, second = ([sample["response"] for _, _, sample in rows_of(folder, step)] for step in (1, 2))
+    assert len(first) == len(second) == 16
+    assert len({*first, *second}) > 24  # no row and no update repeats another's noise
+
+
+def test_every_epoch_is_the_whole_batch_in_another_order(settings, tmp_path):
+    """At learning rate 0 the gradients of an epoch's minibatches add up to the same in each, and are not the same."""
+    flags = {"lr": 0.0, "min_length": 16, "num_epochs": 2, "num_minibatches": 2, "max_grad_norm": 0.0}
+    steps = [gradients for gradients, _ in watched(None, settings(tmp_path / "run", "vowels", **flags))]
+    assert len(steps) == 4 and lines(tmp_path / "run")[0]["val/sequence_lengths"] == 16
+    first, second = ([a + b for a, b in zip(*steps[k : k + 2], strict=True)] for k in (0, 2))
+    assert apart(first, second) < 1e-4
+    assert min(apart(steps[0], steps[2]), apart(steps[0], steps[3])) > 0.05
+
+
+def test_kl_coefficient_on_two_ranks_follows_the_kl_of_both(settings, tmp_path, on_two_ranks):
+    """The target is the KL of the second update, so the third keeps the coefficient unless a rank looks at its own."""
+    flags = {"lr": 1e-2, "updates": 3, "kl_horizon": 100}
+    target = lines(run(settings(tmp_path / "fixed", **flags)))[1]["objective/kl"]
+    assert target > 0.1
+    flags |= {"target_kl_nats": target, "save_every": 1}
+    assert on_two_ranks(run_on_rank, settings(tmp_path / "ranks", **flags)) == [None, None]
+    metrics = lines(tmp_path / "ranks")
+    assert metrics[0]["objective/kl"] == 0 and metrics[1]["objective/kl"] == pytest.approx(target, rel=1e-3)
+    coefficients = [0.05, 0.05 * (1 - 0.2 * 16 / 100)]  # no KL at first, which is as far below the target as counts
+    assert [line["kl_coef"] for line in metrics] == pytest.approx([*coefficients, coefficients[1]], rel=1e-3)
+    for line in metrics:  # which would not hold if the other rank had another coefficient
+        assert line["objective/non_score_reward"] == pytest.approx(-line["kl_coef"] * line["objective/kl"], rel=1e-5)
+
+
+def test_the_sampler_in_bf16_is_the_policy_of_the_moment(settings, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, *inputs, **options):
+        seen.append({name: parameter.clone() for name, parameter in model.named_parameters()})
+        return generate(model, *inputs, **options)
+
+    generate = ppo_rlhf.generate
+    monkeypatch.setattr(ppo_rlhf, "generate", spy)
+    folder = run(settings(tmp_path / "run", precision="bf16", lr=1e-2, updates=2, save_every=1))
+    state = torch.load(folder / "checkpoints" / "step_000001.pt", weights_only=True)["model"]
+    first, second = seen
+    assert same_weights(second, {name: state[f"policy.{name}"].bfloat16() for name in second})
+    assert not same_weights(first, second)
+
+
+def test_the_optimizer_is_adamw_without_decay(finished):
+    [group] = torch.load(finished / "checkpoints" / "step_000003.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["eps"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.0, (0.9, 0.999))
+
+
+def exploded_on_rank_one(rank, flags):
+    """The ratio explodes in the second of three steps, on rank 1 alone. Returns the parameters behind each step."""
+    calls, original = [], ppo_rlhf.policy_loss
+
+    def exploding(*args):
+        calls.append(0)
+        loss, ratio, clipped = original(*args)
+        return loss, ratio * (1000 if rank == 1 and len(calls) == 2 else 1), clipped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_rlhf, "policy_loss", exploding)
+        return [parameters for _, parameters in watched(rank, flags)]
+
+
+def test_a_ratio_that_explodes_on_one_rank_stops_both(settings, tmp_path, on_two_ranks):
+    first, second = on_two_ranks(exploded_on_rank_one, settings(tmp_path / "run", num_epochs=3))
+    assert len(first) == len(second) == 2
+    for mine, theirs in zip(first, second, strict=True):
+        assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))

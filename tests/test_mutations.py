@@ -1,0 +1,500 @@
+"""Bugs that real implementations had, planted one at a time in a copy of ppo_rlhf.py or utils.py: tests must see each.
+
+A bug counts as seen only if every test named with it fails by an assertion of the test's own, not by an exception that
+any change might raise; and the same tests pass, run in the same way, on a copy without a bug. Each copy runs in a
+process of its own, forked from one in which torch and transformers are loaded already; a test's two ranks are forked
+from that process in turn, so that they run the same copy.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import PRELOAD
+
+TESTS = Path(__file__).resolve().parent
+SOURCES = {name: (TESTS.parent / name).read_text() for name in ("ppo_rlhf.py", "utils.py")}
+FILES = [TESTS / f"test_ppo_{part}.py" for part in ("rlhf", "runs", "options")]
+
+
+class Bug(NamedTuple):
+    name: str
+    reason: str
+    tests: str  # names of tests, of which each must fail (without [...]: with at least one of its parameters)
+    edits: dict  # text that the file holds once: what stands there instead
+    file: str = "ppo_rlhf.py"
+
+
+BUGS = [
+    # ---- Models and log-probabilities
+    Bug(
+        "dropout alive in old log-probs",
+        "DeepSpeed-Chat takes them in train mode, so the first ratio is not 1 and the clip answers to noise",
+        "test_learning_rate_zero_changes_nothing[fp32] test_no_dropout_in_train_mode",
+        {"{name: 0.0 for name,": "{name: value for name,",
+         "return model.eval(), missing": "return model.train(), missing"},
+        "utils.py",
+    ),
+    Bug(
+        "attention dropout alive",
+        "switching off nn.Dropout modules (TRL) misses the float that Llama hands to its attention kernel",
+        "test_no_dropout_in_train_mode[llama]",
+        {'if "drop" in name and': 'if "drop" in name and name != "attention_dropout" and'},
+        "utils.py",
+    ),
+    Bug(
+        "temperature missing in the policy",
+        "sampling at T and scoring at 1 makes the loss that of another policy",
+        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",
+        {"token_logprobs(logits, input_ids[:, -response_length:], temperature)":
+         "token_logprobs(logits, input_ids[:, -response_length:], 1.0)"},
+    ),
+    Bug(
+        "temperature missing in the training forward",
+        "old log-probs at T, new ones at 1: ratios start away from 1",
+        "test_first_step_is_the_policy_gradient",
+        {"new = train_model(ids, attention, R, args.temperature,": "new = train_model(ids, attention, R, 1.0,"},
+    ),
+    Bug(
+        "temperature missing in the reference",
+        "a KL that is not 0 between equal models",
+        "test_first_step_is_the_policy_gradient test_logged_statistics_are_those_of_the_real_tokens",
+        {"token_logprobs(ref_logits, ids[:, -R:], args.temperature)": "token_logprobs(ref_logits, ids[:, -R:], 1.0)"},
+    ),
+    Bug(
+        "temperature missing in the sampler",
+        "tokens come from another distribution than the one that the loss believes in",
+        "test_sampled_entropy_estimates_the_entropy",
+        {"generate(sampler, queries, query_mask, uniforms, args.temperature,":
+         "generate(sampler, queries, query_mask, uniforms, 1.0,"},
+    ),
+    Bug(
+        "slice off by one",
+        "logits at a token instead of before it score the token that follows",
+        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",
+        {"return x[:, -response_length - 1 : -1]": "return x[:, -response_length:]"},
+    ),
+    Bug(
+        "no position ids in the forward",
+        "transformers then counts the left padding as positions: wrong for GPT-2 (the TL;DR reproduction, TRL)",
+        "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient",
+        {'"position_ids": positions(attention_mask), ': ""},
+    ),
+    Bug(
+        "positions of the padding in sampling",
+        "the same bug in the sampler alone: it is off the policy by the length of the padding",
+        "test_generate_is_the_slow_loop[gpt2-1.0]",
+        {"position_ids = positions(query_mask)": "position_ids = positions(torch.ones_like(query_mask))"},
+    ),
+    Bug(
+        "unused ids kept by the scorer",
+        "the sampler masks ids that policy and reference give probability: two supports, a biased ratio and KL",
+        "test_the_reference_starts_at_no_distance test_actor_critic_against_rows_without_padding",
+        {"predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)":
+         "predicting(outputs.logits, response_length)"},
+    ),
+    Bug(
+        "log-softmax in bf16",
+        "rounding alone then moves the ratio by percents",
+        "test_token_logprobs_are_fp32_from_bf16",
+        {"logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature": "logits / temperature"},
+    ),
+    Bug(
+        "reference not frozen",
+        "a reference that is the policy itself: KL stays 0 whatever is learned",
+        "test_identities_between_metrics test_logged_statistics_are_those_of_the_real_tokens",
+        {"reference = copy.deepcopy(policy).requires_grad_(False)": "reference = policy"},
+    ),
+    Bug(
+        "score read before the first pad id",
+        "transformers finds the last token by id, and a prompt or an EOS that holds the pad id moves it",
+        "test_last_token_scores_wherever_the_padding_is",
+        {"last = (attention_mask.long() *": "last = ((input_ids != model.config.pad_token_id).long() *"},
+    ),
+    Bug(
+        "centre of the reward model ignored",
+        "a fixed score for missing EOS means something only where 0 is average",
+        "test_reward_model_scores_and_starts_the_critic",
+        {'return scores - getattr(model.config, "score_mean", 0.0)': "return scores"},
+    ),
+    Bug(
+        "value head not zero at first",
+        "random values are noise in the first advantages",
+        "test_first_loss_of_a_zero_critic",
+        {"torch.nn.init.zeros_(critic.score.weight)": "torch.nn.init.normal_(critic.score.weight)"},
+    ),
+    # ---- Sampling
+    Bug(
+        "top-k left on in sampling",
+        "transformers' generate cuts at 50 ids unless told otherwise: a negative KL and a biased ratio (TRL)",
+        "test_sample_is_the_inverse_cdf test_generate_is_the_slow_loop",
+        {"probabilities = torch.softmax(logits / temperature, dim=-1)":
+         "kept = logits >= logits.topk(6).values[:, -1:]\n"
+         "    probabilities = torch.softmax(logits.masked_fill(~kept, -math.inf) / temperature, dim=-1)"},
+    ),
+    Bug(
+        "the same noise in every update",
+        "a generator made anew from the seed alone repeats its numbers",
+        "test_every_update_samples_anew",
+        {'seeded(args.seed, "uniforms", update)': 'seeded(args.seed, "uniforms")'},
+    ),
+    Bug(
+        "the same noise on every rank",
+        "ranks that share a seed sample the same noise for different prompts",
+        "test_metrics_on_one_and_two_ranks",
+        {'torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine]':
+         'torch.rand(B, R, generator=seeded(args.seed, "uniforms", update))'},
+    ),
+    Bug(
+        "sampling from a stale copy",
+        "RL4LMs rebinds its lagged model and the sampler keeps the old object",
+        "test_the_sampler_in_bf16_is_the_policy_of_the_moment",
+        {"if sampler is not policy:": "if sampler is not policy and update == 1:"},
+    ),
+    Bug(
+        "queries cut at the response length",
+        "the reimplementation of OpenAI's code in PyTorch passes one length for both",
+        "test_long_prompts_are_counted_and_left_out",
+        {"tokenizer, args.query_length, args.dataset)": "tokenizer, args.response_length, args.dataset)"},
+    ),
+    # ---- Scores and rewards
+    Bug(
+        "pad is eos, and the mask goes by the id",
+        "with the common pad_token = eos_token the EOS itself is masked, and with it the score",
+        "test_samples_add_up_to_the_metrics test_first_loss_of_a_zero_critic",
+        {"tokenizer.pad_token_id\n    forbidden =": "tokenizer.eos_token_id\n    forbidden =",
+         "mask = response_mask(responses, stop_ids, args.min_length)": "mask = responses != pad_id"},
+    ),
+    Bug(
+        "score one slot late",
+        "the TL;DR reproduction and TRL pay it behind the EOS, trlX often two slots behind",
+        "test_score_is_paid_at_the_last_real_token_only test_rewards_add_up_to_score_minus_kl",
+        {"is_last = mask & ~F.pad(mask[:, 1:], (0, 1))": "is_last = ~mask & F.pad(mask[:, :-1], (1, 0))"},
+    ),
+    Bug(
+        "sign of the KL penalty",
+        "pays for leaving the reference",
+        "test_rewards_add_up_to_score_minus_kl",
+        {"penalties = -kl_coef *": "penalties = kl_coef *"},
+    ),
+    Bug(
+        "KL penalty clamped at 0",
+        "the usual mend of a negative KL hides its cause and biases the estimate",
+        "test_rewards_add_up_to_score_minus_kl",
+        {"torch.where(mask, logprobs - ref_logprobs, 0.0)\n    is_last":
+         "torch.where(mask, logprobs - ref_logprobs, 0.0).clamp(min=0)\n    is_last"},
+    ),
+    Bug(
+        "k3 of the inverse ratio",
+        "trlX's logged KL: its mean under the policy's own samples is chi-square minus KL",
+        "test_logged_statistics_are_those_of_the_real_tokens test_logged_kl_and_entropy_are_their_definitions",
+        {"torch.exp(-log_ratio) - 1 + log_ratio": "torch.exp(log_ratio) - 1 - log_ratio"},
+    ),
+    Bug(
+        "post-EOS tokens in the entropy",
+        "a sentinel of 1 for padding's log-probs takes 1 nat off for each pad (the TL;DR reproduction, TRL)",
+        "test_logged_statistics_are_those_of_the_real_tokens test_logged_kl_and_entropy_are_their_definitions",
+        {"-torch.where(mask, logprobs, 0.0).sum(1)": "-torch.where(mask, logprobs, 1.0).sum(1)"},
+    ),
+    Bug(
+        "padding in the means of the update",
+        "approxkl, clip fraction and entropy diluted by real tokens over all tokens (the TL;DR reproduction, TRL)",
+        "test_logged_statistics_are_those_of_the_real_tokens",
+        {"checks.add(stats, old[-1])": "checks.add({k: torch.where(old[-1], x, 0) for k, x in stats.items()})"},
+    ),
+    Bug(
+        "missing-EOS score subtracted",
+        "TRL takes it off the score of a text that was cut, which may still be the best of all",
+        "test_missing_eos_score[-7.0]",
+        {".where(counts, missing_eos_score or 0.0)":
+         ".where(counts, raw_scores + (missing_eos_score or 0.0))"},
+    ),
+    Bug(
+        "replaced scores in the moments",
+        "the running mean of scores then follows the share of rows without EOS",
+        "test_scores_are_normalised_then_clipped_then_replaced",
+        {"normalise(raw_scores, counts, moments)": "normalise(raw_scores, torch.ones_like(has_eos), moments)"},
+    ),
+    Bug(
+        "adaptive KL from the local KL",
+        "the PyTorch reimplementation of OpenAI's code: every rank gets a coefficient of its own",
+        "test_kl_coefficient_on_two_ranks_follows_the_kl_of_both",
+        {'controller.update(metrics["objective/kl"], args.batch_size)':
+         "controller.update(kl.mean().item(), args.batch_size)"},
+    ),
+    # ---- Advantages
+    Bug(
+        "unmasked whitening",
+        "trlX's moments count the padding",
+        "test_first_loss_of_a_zero_critic test_first_step_is_the_policy_gradient",
+        {"advantages = whiten(advantages, mask)": "advantages = whiten(advantages, torch.ones_like(mask))"},
+    ),
+    Bug(
+        "per-rank whitening",
+        "OpenAI's code, its reproductions and TRL: an advantage's sign depends on the rank that it fell to",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"dist.all_reduce(pair)": "pass"},
+        "utils.py",
+    ),
+    Bug(
+        "returns from whitened advantages",
+        "whitened before the values are added, so the critic learns returns of another scale",
+        "test_first_loss_of_a_zero_critic test_first_value_loss_of_a_reward_model",
+        {"advantages = whiten(advantages, mask)":
+         "advantages = whiten(advantages, mask)\n        returns = advantages + values"},
+    ),
+    Bug(
+        "bootstrap from behind the EOS",
+        "the critic's value at a pad enters the last real token's advantage",
+        "test_gae_is_the_weighted_mean_of_k_step_estimates test_first_value_loss_of_a_reward_model",
+        {"torch.where(mask, values, 0.0)\n    next_values": "values\n    next_values"},
+    ),
+    Bug(
+        "GAE runs on across the padding",
+        "what stands behind the EOS leaks backwards through the recursion",
+        "test_gae_is_the_weighted_mean_of_k_step_estimates test_gae_ignores_what_is_behind_the_mask",
+        {"torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)": "rewards, values",
+         "torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)":
+         "deltas[:, t] + gamma * lam * advantage"},
+    ),
+    Bug(
+        "gamma and lam swapped",
+        "two floats side by side, of which one is 1 by default",
+        "test_first_value_loss_of_a_reward_model",
+        {"args.gamma, args.lam)": "args.lam, args.gamma)"},
+    ),
+    # ---- Update
+    Bug(
+        "mean of means over micro-batches",
+        "TRL and the TL;DR reproduction average micro-batches of unequal length: 40% off the minibatch's gradient",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"(loss_sum * ranks.world_size / num_tokens)": "(loss_sum / old[-1].sum() / len(micro_batches))"},
+    ),
+    Bug(
+        "gradient over the local token count",
+        "DDP's mean of per-rank means: right on one rank, wrong on two of unequal length",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"batch[-1][minibatch].sum()": "batch[-1][minibatch[ranks.rank :: ranks.world_size]].sum() * ranks.world_size"},
+    ),
+    Bug(
+        "a forward beside the wrapper",
+        "the ILQL authors' loop calls the unwrapped model, so DDP never averages a gradient",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"new = train_model(ids,": "new = actor_critic(ids,"},
+    ),
+    Bug(
+        "an order of its own on every rank",
+        "shuffled by a rank's own seed, then sharded: some rows are never seen (the TL;DR reproduction's reward model)",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {'"minibatches", update, epoch)': '"minibatches", update, epoch, ranks.rank)'},
+    ),
+    Bug(
+        "the same minibatches in every epoch",
+        "a generator seeded inside the loop of epochs",
+        "test_every_epoch_is_the_whole_batch_in_another_order",
+        {'"minibatches", update, epoch)': '"minibatches", update)'},
+    ),
+    Bug(
+        "minibatches in an unseeded order",
+        "TRL permutes with a generator that no seed reaches, so no run can be repeated",
+        "test_same_seed_same_run test_resumed_run_ends_as_if_never_interrupted[1]",
+        {"torch.randperm(args.batch_size, generator=generator)":
+         "torch.randperm(args.batch_size, generator=(generator.seed(), generator)[1])"},
+    ),
+    Bug(
+        "a step for every micro-batch",
+        "accumulation that does not accumulate: the memory knob changes the number of steps",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"checks.add(stats, old[-1])":
+         "checks.add(stats, old[-1])\n                k < len(micro_batches) and optimizer.step()"},
+    ),
+    Bug(
+        "lower side of the clip missing",
+        "a bad token's probability may then fall without bound in one update",
+        "test_policy_loss_is_the_definition",
+        {"ratio.clamp(1 - cliprange,": "ratio.clamp(0.0,"},
+    ),
+    Bug(
+        "value clip against the wrong tensor",
+        "clipped around the return, the bounded loss is never the larger one: no clip at all",
+        "test_clip_ranges_reach_the_losses",
+        {"value_loss(new_values, values, returns, args": "value_loss(new_values, returns, returns, args"},
+    ),
+    Bug(
+        "max_grad_norm without effect",
+        "TRL accepts the flag and leaves the gradient as it is",
+        "test_gradients_are_clipped_to_max_grad_norm",
+        {"args.max_grad_norm or math.inf": "math.inf"},
+    ),
+    Bug(
+        "weight decay by default",
+        "torch's AdamW decays by 0.01 unless told otherwise (the TL;DR reproduction)",
+        "test_the_optimizer_is_adamw_without_decay",
+        {"weight_decay=0.0, ": ""},
+    ),
+    Bug(
+        "learning rate 0 in the last update",
+        "the schedule counts from 1: a whole rollout for a step of length 0",
+        "test_metrics_are_the_documented_ones",
+        {"(1 - (update - 1) / num_updates)": "(1 - update / num_updates)"},
+    ),
+    Bug(
+        "ratio guard by each rank",
+        "ranks that look at their own ratio disagree on whether to step, and part for good",
+        "test_a_ratio_that_explodes_on_one_rank_stops_both",
+        {"check = checks.reduce()": "check = {name: (x[0] / x[1]).item() for name, x in checks.items()}"},
+    ),
+    # ---- Resuming
+    Bug(
+        "KL coefficient lost on resume",
+        "an adaptive coefficient starts again where the flag says",
+        "test_resumed_run_ends_as_if_never_interrupted[2]",
+        {'controller.kl_coef, moments = state["step"]': '_, moments = state["step"]'},
+    ),
+    Bug(
+        "reference taken from the resumed policy",
+        "open-r1: the KL is 0 again, and the policy may drift a second time",
+        "test_resumed_run_ends_as_if_never_interrupted[2]",
+        {'actor_critic.load_state_dict(state["model"])':
+         'actor_critic.load_state_dict(state["model"])\n        reference.load_state_dict(policy.state_dict())'},
+    ),
+    Bug(
+        "optimizer state lost on resume",
+        "Adam's moments begin again, and its first step has the full length for every weight",
+        "test_resumed_run_ends_as_if_never_interrupted[2]",
+        {'optimizer.load_state_dict(state["optimizer"])': "pass"},
+    ),
+    Bug(
+        "score moments lost on resume",
+        "scores jump to another scale in the middle of a run",
+        "test_resuming_keeps_the_moments",
+        {'state["moments"].to(device)': "moments"},
+    ),
+]  # fmt: skip
+
+
+def plant(edits, source):
+    """The source with each text replaced, of which it must hold exactly one: who moves it must move it here as well."""
+    for old, new in edits.items():
+        assert source.count(old) == 1, f"occurs {source.count(old)} times, not once: {old!r}"
+        source = source.replace(old, new)
+    return source
+
+
+def nodes(tests):
+    """path::name of the tests, found in whichever file defines them."""
+    texts = {path: path.read_text() for path in FILES}
+    for name in tests:
+        [path] = [path for path, text in texts.items() if f"\ndef {name.partition('[')[0]}(" in text]
+        yield f"{path}::{name}"
+
+
+class Recorder:
+    """A plugin that keeps how each test ended: passed, by an assertion of its own, or by something else."""
+
+    def __init__(self):
+        self.outcomes = {}
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.excinfo is not None:
+            raised_by_script = SOURCES.keys() & {Path(entry.path).name for entry in call.excinfo.traceback}
+            is_assertion = call.when == "call" and call.excinfo.errisinstance(AssertionError) and not raised_by_script
+            self.outcomes[item.name] = "assertion" if is_assertion else f"{call.when}: {call.excinfo.exconly()}"
+        elif call.when == "call":
+            self.outcomes[item.name] = "passed"
+
+
+def work(folder, arguments):
+    """Run pytest on the copy in `folder`, and leave there what it prints and how the tests end. For another process."""
+    os.setsid()  # so that whoever waits for this process can end its two ranks too
+    fork = torch.multiprocessing.get_context("fork")
+    torch.multiprocessing.get_context = lambda method: fork  # ranks with this copy loaded, and at once
+    for name in ("conftest", "utils", "ppo_rlhf"):  # pytest imports them again, the copy first on the path
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(folder))
+    recorder = Recorder()
+    with (
+        open(folder / "output.txt", "w") as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        pytest.main(arguments, plugins=[recorder])
+    loaded = {name: sys.modules[name].__file__ for name in ("utils", "ppo_rlhf") if name in sys.modules}
+    (folder / "outcomes.json").write_text(json.dumps({"loaded": loaded, "outcomes": recorder.outcomes}))
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """`outcomes(tests, changed={})`: {test with parameters: how it ended} on a copy with some files changed."""
+
+    def run(tests, changed=()):
+        for name, source in (SOURCES | dict(changed)).items():
+            (tmp_path / name).write_text(source)
+        (tmp_path / "pytest.ini").write_text("[pytest]\n")
+        options = f"-q --assert plain -c {tmp_path}/pytest.ini --rootdir {tmp_path} --basetemp {tmp_path}/tmp"
+        options += " -p no:cacheprovider -p no:unraisableexception"  # the latter collects garbage for half a second
+        context = multiprocessing.get_context("forkserver")  # the one of conftest.py, if a test has started it before
+        context.set_forkserver_preload(PRELOAD)
+        process = context.Process(target=work, args=(tmp_path, [*options.split(), *nodes(tests)]))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("no end after 300 s")
+        output = (tmp_path / "output.txt").read_text()
+        assert (tmp_path / "outcomes.json").exists(), output
+        answer = json.loads((tmp_path / "outcomes.json").read_text())
+        print(output)  # pytest shows it if the test fails
+        assert set(answer["loaded"].values()) <= {str(tmp_path / name) for name in SOURCES}  # the copy, and no other
+        return answer["outcomes"]
+
+    return run
+
+
+def is_seen(tests, outcomes):
+    """Whether every test failed, with one of its parameters or more, and none but by an assertion of a test."""
+    failed = {name for name, outcome in outcomes.items() if outcome == "assertion"}
+    failed |= {re.sub(r"\[.*", "", name) for name in failed}
+    return set(tests) <= failed and set(outcomes.values()) <= {"assertion", "passed"}
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_seen(outcomes, bug):
+    tests = bug.tests.split()
+    ended = outcomes(tests, {bug.file: plant(bug.edits, SOURCES[bug.file])})
+    assert is_seen(tests, ended), f"{bug.name} ({bug.reason}): {ended}"
+
+
+def test_without_a_bug_all_is_green(outcomes):
+    tests = {test for bug in BUGS for test in bug.tests.split()}
+    ended = outcomes(sorted(test for test in tests if "[" not in test or test.partition("[")[0] not in tests))
+    assert set(ended.values()) == {"passed"}
+    assert tests <= ended.keys() | {re.sub(r"\[.*", "", name) for name in ended}
+
+
+HARMLESS = {"# 3. advantages\n": "# 3. ADVANTAGES\n", "penalties = -kl_coef *": "penalties = kl_coef * -1.0 *"}
+CRASHES = ["raise TypeError", "assert False", "return None", "break"]  # the last is no Python outside of a loop
+
+
+@pytest.mark.parametrize("crash", [None, *CRASHES])
+def test_neither_a_harmless_change_nor_a_crash_is_seen_as_a_bug(outcomes, crash):
+    tests = ["test_rewards_add_up_to_score_minus_kl", "test_first_loss_of_a_zero_critic"]
+    edits = {"is_last = mask &": f"{crash}\n    is_last = mask &"} if crash else HARMLESS
+    ended = outcomes(tests, {"ppo_rlhf.py": plant(edits, SOURCES["ppo_rlhf.py"])})
+    assert not is_seen(tests, ended)
+    assert crash or set(ended.values()) == {"passed"}
+
+
+def test_a_bug_that_fits_nowhere_or_twice_is_refused():
+    for source in ("a = 2", "a = 1; a = 1"):
+        with pytest.raises(AssertionError, match="not once"):
+            plant({"a = 1": "a = 0"}, source)
+    assert plant({"a = 1": "a = 0"}, "a = 1") == "a = 0"
