@@ -211,8 +211,7 @@ def response_mask(responses, stop_ids, min_length=0):
     """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
     is_stop[:, :min_length] = False
-    stops_before = is_stop.long().cumsum(1) - is_stop.long()
-    return stops_before == 0
+    return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
 def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, beta, temperature=1.0, **options):
@@ -255,8 +254,7 @@ def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder, with an EOS, and with a pad token that is not EOS: were they equal, whoever masks
-    padding by its id would also mask the EOS that the model must learn to say."""
+    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -272,16 +270,13 @@ def load_tokenizer(path):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        plain = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-    elif tokenizer.chat_template is None:
+    is_text = isinstance(prompt, str)
+    if not is_text and tokenizer.chat_template is None:
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
+    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
@@ -384,7 +379,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
             scores = scorer.score(hidden).squeeze(-1) - getattr(scorer.config, "score_mean", 0.0)
         if len(scores) != len(rows) or not scores.isfinite().all():
             raise UserError(f"--reward_fn {args.reward_fn} must return a finite number for each response")
-        means.add(f"eval/score@beta={beta:g}", scores.to(ranks.device))
+        means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
         for q, text, score in zip(asked[: 10 * run.is_main], texts, scores.tolist()):
             run.append("samples.jsonl", [{"step": step, "beta": beta, "query": q, "response": text, "score": score}])
     return means.reduce()
@@ -466,11 +461,9 @@ def main(args):
             losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
             (losses["total"] * ranks.world_size).backward()  # ranks average: times their number is the sum
             target_q = torch.stack([q.gather(-1, actions[..., None]).squeeze(-1) for q in target_qs]).amin(0)
-            for name, loss in losses.items():
-                means.add(f"loss/{name}", loss * num_tokens / mask.sum(), mask.sum())
-            weight = torch.exp(args.beta * (target_q - vs))
-            for name, x in {"q": target_q, "v": vs, "advantage": target_q - vs, "awac_weight": weight}.items():
-                means.add(f"val/{name}", x, mask)
+            means.add({f"loss/{name}": x * num_tokens / mask.sum() for name, x in losses.items()}, mask.sum())
+            stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
+            means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
 
         # 3. update
         lr = args.lr * (1 - (step - 1) / num_steps)

@@ -199,9 +199,9 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    # A parallel cumsum may step down by a rounding error, and the search then meet an id of probability 0.
-    possible = probabilities.gather(1, tokens) > 0
-    return torch.where(possible, tokens, probabilities.argmax(-1, keepdim=True)).squeeze(1)
+    if tokens.is_cuda:  # a parallel cumsum may step down by a rounding error, and the search meet a probability of 0
+        tokens = torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))
+    return tokens.squeeze(1)
 
 
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
