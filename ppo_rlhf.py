@@ -546,15 +546,14 @@ def main(args):
                     loss_sum, stats = ppo_loss(*new, *old, args)
                 (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
                 checks.add(stats, old[-1])
-            means.update({name: means.get(name, 0) + checks[name] for name in checks})
             grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
-            checks.add({"grad_norm": grad_norm})
-            check = checks.reduce()  # the same numbers on all ranks, so all of them go on, skip or stop
-            if args.early_stop_kl and check["policy/approxkl_avg"] > args.early_stop_kl:
+            checks.add({"optim/grad_norm": grad_norm})
+            sums, check = dict(checks), checks.reduce()  # check: of all ranks, so all of them go on, skip or stop
+            if args.early_stop_kl and steps and check["policy/approxkl_avg"] > args.early_stop_kl:
                 break
-            if check["val/ratio"] <= 10 and math.isfinite(check["grad_norm"]):
+            if check["val/ratio"] <= 10 and math.isfinite(check["optim/grad_norm"]):
                 optimizer.step()
-                means.add({"optim/grad_norm": grad_norm})
+                means.update({name: means.get(name, 0) + x for name, x in sums.items()})
                 steps += 1
         updated = clock(device)
         if steps == 0:

@@ -41,7 +41,7 @@ PROMPT = "a"
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of the task (reference and reward) and of PPO alike"""
-    beta: float = 0.5
+    beta: float = 1.0
     """price of a nat of KL; the rewards have standard deviation 1"""
     num_updates: int = 200
     """PPO updates of batch_size responses"""

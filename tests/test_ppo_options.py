@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl
 from test_ppo_rlhf import normal
 from test_ppo_runs import (  # noqa: F401
     apart,
@@ -241,9 +240,9 @@ def test_a_step_of_exploded_ratio_or_gradient_is_skipped(settings, tmp_path, acc
     """The second of three steps fails: it leaves no trace, and the third is taken from where the first one ended."""
     flags = settings(tmp_path / "run", "letters", num_epochs=3, lr=1e-3)
     recorded("policy_loss", flags, accident)
-    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    line = lines(tmp_path / "run")[0]  # which takes no NaN: what was not done is not in the means
     assert (line["optim/steps"], line["optim/skipped"]) == (2, 1)
-    assert math.isfinite(line["optim/grad_norm"])
+    assert 0.9 < line["val/ratio"] < 1.1 and line["optim/grad_norm"] > 0
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     with_accident, without = [], []
     for name, change, steps in [("with", accident, with_accident), ("without", None, without)]:
