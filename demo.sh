@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RLHF on the embedded task, from a machine with nothing but Python 3.11: makes .venv if no environment is active,
-# installs, writes the data, trains SFT, reward model and PPO, measures each policy, draws the curves.
+# installs, writes the data, trains SFT, reward model, PPO and ILQL, measures each policy, draws the curves.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -26,9 +26,11 @@ stage() { # stage NAME COMMAND...: run it under a headline and note its seconds
     "$@"
     echo "$name $((SECONDS - started))" >>runs/demo/seconds.txt
 }
-evaluate() { # evaluate NAME: the policy of that stage, on every start, against the truth and the reward model
-    python benchmarks/evaluate.py --model "runs/demo/$1/model" --ref_model runs/demo/sft/model --num_samples 400 --greedy \
-        --reward_models runs/demo/reward_model/model --reward_fns tasks/randomwalks.py:reward --output "runs/demo/$1.json"
+evaluate() { # evaluate NAME FLAGS...: the policy of that stage, on every start, against the truth and the reward model
+    local name=$1
+    shift
+    python benchmarks/evaluate.py --model "runs/demo/$name/model" --ref_model runs/demo/sft/model --num_samples 400 --greedy \
+        --reward_models runs/demo/reward_model/model --reward_fns tasks/randomwalks.py:reward --output "runs/demo/$name.json" "$@"
 }
 
 stage data python tasks/randomwalks.py
@@ -37,9 +39,12 @@ stage reward_model python reward_model.py --model runs/demo/sft/model --output_d
     --eval_dataset data/randomwalks/preferences_test.jsonl
 stage ppo python ppo_rlhf.py --model runs/demo/sft/model --reward_model runs/demo/reward_model/model \
     --monitor_fn tasks/randomwalks.py:reward --output_dir runs/demo/ppo
+stage ilql python ilql_rlhf.py --output_dir runs/demo/ilql
 stage evaluate_sft evaluate sft
 stage evaluate_ppo evaluate ppo
-stage curves python benchmarks/curves.py runs/demo/sft runs/demo/reward_model runs/demo/ppo --output runs/demo/curves.png
+stage evaluate_ilql evaluate ilql --beta 100
+stage curves python benchmarks/curves.py runs/demo/sft runs/demo/reward_model runs/demo/ppo runs/demo/ilql \
+    --output runs/demo/curves.png
 
 python - <<'PYTHON'
 import json
@@ -50,7 +55,7 @@ seconds = {name: int(value) for name, value in map(str.split, (demo / "seconds.t
 accuracy = json.loads((demo / "reward_model" / "metrics.jsonl").read_text().splitlines()[-1])["eval/rm/accuracy"]
 empty = dict.fromkeys(("optimality", "optimality_greedy", "score", "kl", "accuracy"))
 rows = []
-for stage in ("sft", "reward_model", "ppo"):
+for stage in ("sft", "reward_model", "ppo", "ilql"):
     row = {"stage": stage, **empty, "seconds": seconds[stage]}
     if stage == "reward_model":
         row["accuracy"] = accuracy
@@ -74,6 +79,7 @@ for row in rows:
     cells += [cell(row["score"], 9, 2), cell(row["kl"], 8, 2), cell(row["seconds"], 9, 0)]
     print(f"{row['stage']:<14}{''.join(cells)}")
 print("\noptimality: 1 is a shortest path to the goal, 0 a walk that misses it; means of 400 sampled walks")
+print("ilql: from random weights, on rated walks alone; steered with beta 100")
 print("summary       runs/demo/summary.json")
 print("learning      runs/demo/curves.png")
 print("next          python ppo_rlhf.py --help")

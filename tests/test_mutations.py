@@ -350,7 +350,7 @@ BUGS = [
         "ratio guard by each rank",
         "ranks that look at their own ratio disagree on whether to step, and part for good",
         "test_a_ratio_that_explodes_on_one_rank_stops_both",
-        {"check = checks.reduce()": "check = {name: (x[0] / x[1]).item() for name, x in checks.items()}"},
+        {"dict(checks), checks.reduce()": "dict(checks), {name: (x[0] / x[1]).item() for name, x in checks.items()}"},
     ),
     # ---- Resuming
     Bug(

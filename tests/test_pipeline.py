@@ -1,4 +1,4 @@
-"""The three stages after one another without naming a model, as a person types them in an empty folder, only shorter."""
+"""The stages after one another without naming a model, as a person types them in an empty folder, only shorter."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ SHORT = {
     "sft.py": ["--num_epochs", "1"],
     "reward_model.py": [],
     "ppo_rlhf.py": ["--total_episodes", "128", "--monitor_fn", str(ROOT / "tasks/randomwalks.py:reward")],
+    "ilql_rlhf.py": ["--num_epochs", "1", "--reward_fn", str(ROOT / "tasks/randomwalks.py:reward")],
 }
 
 
