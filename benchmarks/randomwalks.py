@@ -58,7 +58,7 @@ class Args:
     """checkpoints of a run that are measured"""
     num_samples: int = 400
     """walks sampled at each point"""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """learning rate of the first update"""
     lam: float = 0.95
     """GAE's lambda"""
