@@ -479,9 +479,9 @@ next:
       --num_epochs 1 --batch_size 32 --micro_batch_size 16 --lr 5e-5 --log_every 5 --eval_every 1000 \\
       --output_dir runs/sentiment/reward_model_$part; done
   python ppo_rlhf.py --model runs/sentiment/sft/model --reward_model runs/sentiment/reward_model_a/model \\
-      --dataset {output_dir}/prompts.jsonl --precision bf16 --total_episodes 768 --batch_size 32 \\
+      --dataset {output_dir}/prompts.jsonl --precision bf16 --total_episodes 1024 --batch_size 32 \\
       --micro_batch_size 32 --num_epochs 2 --num_minibatches 2 --query_length 10 --response_length 24 \\
-      --temperature 0.7 --lr 1e-4 --kl_coef 0.1 --cliprange_value 0.5 --output_dir runs/sentiment/ppo""")
+      --temperature 0.7 --lr 6e-5 --kl_coef 0.1 --cliprange_value 0.5 --output_dir runs/sentiment/ppo""")
 
 
 if __name__ == "__main__":
