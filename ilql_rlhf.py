@@ -41,15 +41,15 @@ from utils import load_rows, prepare, progress, save_pretrained, seeded, wrap
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """what is trained: a Hub name or a folder, best of a finished sft.py run; a config alone: from random weights"""
+    """what is trained: a Hub name or a folder, preferably of an sft.py run; a config alone: from random weights"""
     dataset: str = "data/randomwalks/rated.jsonl"
     """rows with prompt+completion+reward, or messages+reward; for messages also a list, one per assistant turn"""
     eval_dataset: str | None = None
     """rows with prompt to sample from, their other columns for --reward_fn; none: prompts.jsonl beside --dataset"""
     reward_fn: str | None = None
-    """path/to/file.py:function that scores samples; none, and no --reward_model: the embedded task's, for its data"""
+    """path/to/file.py:function that scores samples; none, and no --reward_model: on the embedded task, its own"""
     reward_model: str | None = None
-    """a folder or Hub name of a reward model that scores samples; neither is ever trained on"""
+    """a folder or Hub name of a reward model that scores samples; like --reward_fn it only evaluates"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/ilql_rlhf__<seed>__<time>"""
     seed: int = 1
@@ -61,7 +61,7 @@ class Args:
     micro_batch_size: int = 100
     """rows per forward on one rank: a memory knob, without effect on the objective"""
     max_length: int = 512
-    """tokens; of longer rows the prompt loses its start; where that is not enough, and dialogues, are left out"""
+    """tokens; longer rows lose the start of their prompt; dialogues, and rows where that is not enough, are left out"""
     normalize_rewards: bool = False
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
@@ -196,7 +196,8 @@ def ilql_loss(
 
     losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
     losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
-    total = losses["q"] + losses["v"] + cql_weight * losses["cql"] + awac_weight * losses["awac"]
+    total = losses["q"] + losses["v"] + cql_weight * losses["cql"]
+    total = total + awac_weight * losses["awac"] if awac_weight else total  # 0 times an overflow would be NaN
     return {"total": total, **losses}
 
 
@@ -286,15 +287,15 @@ def encode_row(tokenizer, row):
     """(ids, states, paid): token ids, indices of those before an action, and {such an index: a reward}. What the chat
     template writes between two turns of the agent, and behind the EOS of one, is the environment's."""
     eos, plain, messages = tokenizer.eos_token, {"add_special_tokens": False}, row.get("messages", [])
-    ids, states, ends, parts, shown = [], [], [], [], ""
+    ids, states, ends, parts, shown, given = [], [], [], [], "", 0
     if isinstance(row.get("completion"), str):
         parts = [(encode_prompt(tokenizer, row["prompt"]), row["completion"].partition(eos)[0])]
     elif "completion" in row:
-        messages = row["prompt"] + row["completion"]
+        messages, given = row["prompt"] + row["completion"], len(row["prompt"])  # given: messages that are no action
     for i, role in enumerate(message.get("role") for message in messages):
         if role not in ("system", "user", "assistant", "tool"):
             raise UserError(f"unknown role {role!r}; known are system, user, assistant and tool")
-        if role != "assistant" or i < len(row.get("prompt", [])):
+        if role != "assistant" or i < given:
             continue
         query = encode_prompt(tokenizer, messages[:i])
         start = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
@@ -331,13 +332,13 @@ def encode_rated(rows, tokenizer, args):
         except Exception as error:  # chat templates refuse in many ways
             raise UserError(f"{args.dataset}: row {number}: {error}") from error
         cut = max(len(ids) - args.max_length, 0)
-        if cut == 0 or ("prompt" in row and cut <= states[0]):  # the prompt's start, never a row's end
+        if cut == 0 or ("completion" in row and cut <= states[0]):  # the prompt's start, never a row's end
             actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
             kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
     print(f"{args.dataset}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than {args.max_length} tokens")
     given = torch.tensor([x for *_, paid in kept for x in paid if x is not None], dtype=torch.float64)
     mean, std = (given.mean().item(), given.std(correction=0).item()) if args.normalize_rewards else (0.0, 1.0)
-    if not kept or std == 0:
+    if not kept or (args.normalize_rewards and given.min() == given.max()):
         raise UserError(f"{args.dataset}: " + ("all rewards are equal" if kept else "no row is left; see --max_length"))
     kept = [(*row, [0.0 if x is None else (x - mean) / std for x in paid]) for *row, paid in kept]
     return kept, {"reward_mean": mean, "reward_std": std}
@@ -359,18 +360,17 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
     """{eval/score@beta=..} over the samples of all ranks; every beta gets the same prompts and uniforms."""
     means, mine = Means(), range(args.eval_samples)[ranks.rank :: ranks.world_size]
     uniforms = torch.rand(args.eval_samples, args.response_length, generator=seeded(args.seed, "samples", step))[mine]
-    sequences, rows = zip(*[prompts[i % len(prompts)] for i in mine])
+    order = torch.randperm(len(prompts), generator=seeded(args.seed, "prompts")).tolist()
+    sequences, rows = zip(*[prompts[order[i % len(order)]] for i in mine])
     queries = tokenizer.pad({"input_ids": list(sequences)}, padding_side="left", return_tensors="pt").to(ranks.device)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    asked = columns.pop("prompt")
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
+    asked = [row["prompt"] for row in rows]
     for beta in args.eval_betas:
-        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-            inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
-            responses = generate_steered(ilql, *inputs, **sampling)
+        inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
+        responses = generate_steered(ilql, *inputs, **sampling)
         mask = response_mask(responses, sampling["stop_ids"])
-        texts = [
-            tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
-        ]
+        texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
+        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
         if not args.reward_model:
             scores = torch.tensor([float(x) for x in scorer(asked, texts, **columns)])
         else:  # at the last real token
@@ -378,7 +378,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
             hidden = last_hidden(scorer.to(ranks.device), *whole)[range(len(rows)), mask.sum(1) - mask.shape[1] - 1]
             scores = scorer.score(hidden).squeeze(-1) - getattr(scorer.config, "score_mean", 0.0)
         if len(scores) != len(rows) or not scores.isfinite().all():
-            raise UserError(f"--reward_fn {args.reward_fn} must return a finite number for each response")
+            raise UserError(f"{args.reward_fn or args.reward_model}: not a finite number for each response")
         means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
         for q, text, score in zip(asked[: 10 * run.is_main], texts, scores.tolist()):
             run.append("samples.jsonl", [{"step": step, "beta": beta, "query": q, "response": text, "score": score}])
@@ -386,11 +386,12 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
 
 
 def main(args):
-    # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = prepare(args)
+    args = prepare(args)  # everything that can be refused is refused before a model is loaded or a file written
     for flag in ("tau", "gamma", "alpha"):
         if not 0 < getattr(args, flag) <= 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0 and at most 1")
+    if not args.eval_betas or (args.reward_fn and args.reward_model):
+        raise UserError("--eval_betas needs a number, and of --reward_fn and --reward_model at most one can be given")
     tokenizer = load_tokenizer(args.model)
     rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
     if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
@@ -421,6 +422,10 @@ def main(args):
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
+    with torch.no_grad():  # of one id
+        logits, hidden = policy(torch.zeros(1, 1).long()).logits, policy.base_model(torch.zeros(1, 1).long())[0]
+        if not torch.allclose(policy.get_output_embeddings()(hidden), logits, atol=1e-3):
+            raise UserError(f"--model {args.model}: it scales or caps its logits, which ILQL here does not follow")
     ilql = ILQL(policy, args.num_qs, **statistics).to(device)
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
@@ -477,6 +482,8 @@ def main(args):
         saves = args.save_every and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
+            if not math.isfinite(metrics["optim/grad_norm"]):
+                raise UserError(f"step {step}: the gradient is not finite; lower --lr or --beta")
             if evaluates:
                 metrics |= evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
             run.log(step, metrics, show=shown)

@@ -42,9 +42,9 @@ class Args:
     model: str | None = None
     """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished run of sft.py"""
     reward_model: str | None = None
-    """scores responses, and is where the critic starts; none, and no --reward_fn: the newest run of reward_model.py"""
+    """scores responses, and starts a separate critic; none, and no --reward_fn: the newest run of reward_model.py"""
     value_trunk: Literal["separate", "shared"] = "separate"
-    """the critic: a network of its own that starts as the reward model, or a head, at first 0, on the policy's trunk"""
+    """the critic: a network of its own, from the reward model (else --model, zero head), or a zero head on the policy"""
     reward_fn: str | None = None
     """path/to/file.py:function(prompts, responses, **columns) -> one number a response, which may be empty"""
     monitor_fn: str | None = None
@@ -64,7 +64,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per forward on one rank: a memory knob, without effect on the objective"""
+    """rows per scoring or training forward on one rank (sampling takes all at once): memory, without other effect"""
     query_length: int = 64
     """tokens; longer prompts are left out and counted"""
     response_length: int = 10
@@ -106,11 +106,11 @@ class Args:
     cliprange_score: float | None = None
     """scores are clipped to -cliprange_score .. cliprange_score, after normalisation; none: never"""
     whiten_rewards: bool = False
-    """divide the rewards of a batch by their standard deviation, which makes kl_coef a relative price"""
+    """scale the rewards of a batch to standard deviation 1 about their mean, which makes kl_coef a relative price"""
     missing_eos_score: float | Literal["none"] = -1.0
     """score of a response without stop token in place of its own: sensible where 0 is average; none: it keeps its own"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """what forwards and backwards compute in; weights, optimizer state, log-probabilities and values are fp32 always"""
+    """what forwards, backwards and sampling compute in; trained weights, log-probabilities and values are fp32 always"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the training forward and the decoding step"""
     save_every: int = 0
@@ -326,7 +326,7 @@ class AdaptiveKLController:
 
     def update(self, kl, num_episodes):
         """The new coefficient. kl: mean KL of a response in nats; num_episodes: responses behind it; both global."""
-        self.kl_coef *= max(1 + min(max(kl / self.target - 1, -0.2), 0.2) * num_episodes / self.horizon, 0.0)
+        self.kl_coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * min(num_episodes / self.horizon, 1.0)
         return self.kl_coef
 
 
@@ -430,8 +430,6 @@ def bf16_copy(policy):
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, critic, reward_model). The critic starts as the reward model, else with a zero head."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    if num_positions > getattr(policy.config, "max_position_embeddings", num_positions):
-        raise UserError(f"--response_length: {num_positions} positions with the prompt, more than the model has")
     classifier, scorer = AutoModelForSequenceClassification, args.reward_model
     reward_model = load_pretrained(classifier, scorer, num_labels=1)[0] if scorer else None
     critic = copy.deepcopy(reward_model)
@@ -439,6 +437,8 @@ def load_models(args, tokenizer, num_positions, device):
         critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
     for model in filter(None, (policy, critic, reward_model)):
+        if num_positions > getattr(model.config, "max_position_embeddings", num_positions):
+            raise UserError(f"--response_length: {num_positions} positions with the prompt, more than a model has")
         model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -457,7 +457,8 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    stop_ids = tokenizer(args.stop_token or "", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", args.stop_token or ""))
+    stop_ids = ids[len(x) :] + [tokenizer.eos_token_id]  # as they stand behind a letter, not at the start of a text
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
     reward_fn = load_reward_fn(args.reward_fn, "--reward_fn", prompts)
     monitor_fn = load_reward_fn(args.monitor_fn, "--monitor_fn", prompts)
@@ -509,7 +510,7 @@ def main(args):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
                 ref_logits = response_logits(reference, ids, attention, R, forbidden)
                 ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
-                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]
+                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
         rows = [prompts[i][1] for i in order]
@@ -557,7 +558,7 @@ def main(args):
                 steps += 1
         updated = clock(device)
         if steps == 0:
-            raise UserError(f"update {update}: no finite gradient; lower --lr, or look at the scores")
+            raise UserError(f"update {update}: no finite gradient, or a ratio above 10; lower --lr or see the scores")
 
         # log
         log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
@@ -590,9 +591,11 @@ def main(args):
         save_pretrained(run.folder / "model", policy, tokenizer)
         print("\nlast update   " + ", ".join(f"{key} {metrics.get(key, math.nan):.4f}" for key in shown[:2]))
         print(f"model folder  {run.folder}/model")
-        scorer = "models " + args.reward_model if args.reward_model else "fns " + args.reward_fn
-        command = f"python benchmarks/evaluate.py --model {run.folder}/model --ref_model {args.model}"
-        print(f"next          {command} --reward_{scorer}")
+        flags = (
+            f"--ref_model {args.model} --dataset {args.dataset} --response_length {R} --temperature {args.temperature}"
+        )
+        flags += f" --reward_models {args.reward_model}" if args.reward_model else f" --reward_fns {args.reward_fn}"
+        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags}")
 
 
 if __name__ == "__main__":

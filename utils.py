@@ -207,6 +207,7 @@ def prepare(args):
     if not path.is_file() or (path.parent / "model").exists():
         raise UserError(f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'no args.json in it'}")
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for field in fields(args):
         if getattr(args, field.name) not in (field.default, saved[field.name]):
             raise UserError(f"--resume {args.resume}: --{field.name} differs from that run's own; leave it out")
@@ -262,8 +263,7 @@ class Run:
 
     def show_samples(self, step, columns):
         """The first rows of {name: numbers or texts} into samples.jsonl, and four of them as a small table."""
-        rows = [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())]
-        self.append("samples.jsonl", rows[:16])
+        self.append("samples.jsonl", [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())][:16])
         tqdm.write(" | ".join(columns))
         for row in zip(*(column[:4] for column in columns.values())):
             tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(x.split())[-70:] for x in row))

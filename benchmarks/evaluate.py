@@ -242,8 +242,7 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         queries, query_mask = left_pad([ids for ids, _ in prompts[part]], P, pad_id, device)
         block = uniforms[part].to(device)
         inputs = (queries, query_mask, block, temperature, stop_ids, pad_id, forbidden)
-        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16" and is_steered):
-            responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs)
+        responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs)
         mask = response_mask(responses, stop_ids)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
         texts = [

@@ -313,6 +313,35 @@ def test_stop_token(settings, tmp_path, min_length):  # noqa: F811
             assert len(row["response"]) <= 16 and not row["response"].endswith("a")
 
 
+def test_stop_token_is_the_one_inside_a_text(settings, tmp_path, gpt2_folder):  # noqa: F811
+    """A tokenizer that marks the beginning of a text has another id for a full stop there than inside a response."""
+    calls = []
+
+    class Marking:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __len__(self):
+            return len(self.tokenizer)
+
+        def __call__(self, text, **options):
+            calls.append(text)
+            encoded = self.tokenizer(text, **options)
+            if text[:1] == "a":
+                encoded["input_ids"][0] = 29  # a mark of its own
+            return encoded
+
+    original = ppo_rlhf.load_tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_rlhf, "load_tokenizer", lambda path: Marking(original(path)))
+        recording = recorded("response_mask", settings(tmp_path / "run", "letters", stop_token="a"))
+    [((_, stop_ids, _), _)] = recording
+    assert calls and set(stop_ids.tolist()) == {A, 1}
+
+
 def test_a_long_minimum_means_fixed_length(settings, tmp_path):  # noqa: F811
     folder = run(settings(tmp_path / "run", "letters", min_length=16))
     assert lines(folder)[0]["val/sequence_lengths"] == 16 and lines(folder)[0]["val/has_eos"] == 0

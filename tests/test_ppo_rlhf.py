@@ -301,6 +301,8 @@ def test_adaptive_kl():
         after = controller.update(kl, 512)
         assert after == controller.kl_coef == pytest.approx(before * (1 + error * 512 / 10000))
         assert (after > before) == (kl > 6.0)  # too far from the reference: a higher price
+    tiny = AdaptiveKLController(0.1, target=6.0, horizon=1000)  # a batch beyond the horizon moves it by 20% at most
+    assert tiny.update(0.0, 5000) == pytest.approx(0.08) and tiny.update(60.0, 5000) == pytest.approx(0.096)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
