@@ -591,9 +591,7 @@ def main(args):
         save_pretrained(run.folder / "model", policy, tokenizer)
         print("\nlast update   " + ", ".join(f"{key} {metrics.get(key, math.nan):.4f}" for key in shown[:2]))
         print(f"model folder  {run.folder}/model")
-        flags = (
-            f"--ref_model {args.model} --dataset {args.dataset} --response_length {R} --temperature {args.temperature}"
-        )
+        flags = f"--ref_model {args.model} --dataset {args.dataset} --response_length {R}"
         flags += f" --reward_models {args.reward_model}" if args.reward_model else f" --reward_fns {args.reward_fn}"
         print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags}")
 
