@@ -54,6 +54,8 @@ class Args:
     """learned: the prices of a nat"""
     learned_updates: int = 40
     """learned: updates of each run"""
+    merge: tuple[str, ...] = ()
+    """result.json files of earlier calls, whose runs are drawn together and not trained again"""
     num_points: int = 10
     """checkpoints of a run that are measured"""
     num_samples: int = 400
@@ -161,15 +163,23 @@ def main(args):
     if folder.exists():
         raise UserError(f"--output {args.output}: exists already; name another folder or remove it")
     for path in [args.sft, *([args.reward_model] if args.experiment == "learned" else [])]:
-        if not Path(path).exists():
+        if not args.merge and not Path(path).exists():
             raise UserError(f"{path}: no such folder; run `bash demo.sh` first, or name another")
     if args.experiment == "exact":
         settings = [(updates, 0.0) for updates in args.lengths]
     else:
         settings = [(args.learned_updates, kl_coef) for kl_coef in args.kl_coefs]
-    runs = [train(args, seed, updates, kl_coef) for updates, kl_coef in settings for seed in args.seeds]
+    if args.merge:
+        parts = [json.loads(Path(path).read_text()) for path in args.merge]
+        runs = [run for part in parts for run in part.pop("runs")]
+        args.seeds = tuple(sorted({run["seed"] for run in runs}))
+        settings = sorted({(run["updates"], run["kl_coef"]) for run in runs})
+        args.lengths, args.kl_coefs = tuple(dict.fromkeys(u for u, _ in settings)), tuple(k for _, k in settings)
+        result = {"parts": parts, "runs": runs}
+    else:
+        runs = [train(args, seed, updates, kl_coef) for updates, kl_coef in settings for seed in args.seeds]
+        result = {"args": asdict(args), "argv": sys.argv, **environment(), "runs": runs}
     folder.mkdir(parents=True)
-    result = {"args": asdict(args), "argv": sys.argv, **environment(), "runs": runs}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (draw_exact if args.experiment == "exact" else draw_learned)(runs, args, folder / "curves.png")
     print(f"\n{'updates':>8}{'kl_coef':>9}{'steps':>7}{'walks':>8}{'mean':>8}{'least':>8}{'kl':>7}")
