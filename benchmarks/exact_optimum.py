@@ -152,7 +152,12 @@ def main(args):
     median = statistics.median(row["kl_to_optimum"] for row in rows)
     print(f"median KL to the optimum of {len(rows)} seeds: {median:.5f} nats")
     if args.output:
-        result = {"args": vars(args), "median_kl_to_optimum": median, "seeds": rows, **environment()}
+        result = {
+            "args": {**vars(args), "output": None},
+            "median_kl_to_optimum": median,
+            "seeds": rows,
+            **environment(),
+        }
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -64,6 +64,8 @@ class Args:
     """learning rate of the first update"""
     lam: float = 0.95
     """GAE's lambda"""
+    entropy_coef: float = 0.0
+    """entropy bonus"""
     num_minibatches: int = 2
     """optimizer steps of each of the 4 epochs"""
 
@@ -87,6 +89,7 @@ def train(args, seed, updates, kl_coef):
     flags |= {
         "num_minibatches": args.num_minibatches,
         "lam": args.lam,
+        "entropy_coef": args.entropy_coef,
         "save_every": max(updates // args.num_points, 1),
     }
     if args.experiment == "exact":
