@@ -586,7 +586,27 @@ def test_rewards_are_floats_and_may_be_normalised(chat_tokenizer):
     assert [x for row in scaled for x in row[3] if x] == pytest.approx([(x - mean) / std for x in given.tolist()])
     assert all(x == 0.0 for row in scaled for x in row[3][::2])  # where nothing is paid, nothing is subtracted
     with pytest.raises(utils.UserError, match="all rewards are equal"):
-        encode([{"prompt": "a", "completion": "b", "reward": 1.0}] * 2, chat_tokenizer, normalize_rewards=True)
+        encode([{"prompt": "a", "completion": "b", "reward": 0.1}] * 1000, chat_tokenizer, normalize_rewards=True)
+
+
+def test_a_prompt_column_beside_messages_is_no_prompt_of_theirs(chat_tokenizer):
+    data = {"messages": turns("a", "b", "c", "d"), "reward": [0.5, 1.5]}
+    plain, _ = encode([data], chat_tokenizer)
+    for prompt in ("abcdef", None, turns("a", "b")):
+        assert encode([data | {"prompt": prompt}], chat_tokenizer)[0] == plain
+
+
+def test_a_loss_of_weight_zero_cannot_spoil_the_others():
+    """exp(beta * advantage) overflows; with awac_weight 0 nobody asked for it."""
+    shape = (1, 2, 3)
+    qs, target_qs, vs = [torch.zeros(shape, requires_grad=True)], [torch.full(shape, 400.0)], torch.zeros(1, 2)
+    logits, actions = torch.zeros(shape, requires_grad=True), torch.zeros(1, 2, dtype=torch.long)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    inputs = (qs, target_qs, vs, vs, logits, actions, vs, ~mask, mask)
+    losses = ilql_rlhf.ilql_loss(*inputs, tau=0.8, gamma=0.9, beta=1.0, cql_weight=0.1, awac_weight=0.0)
+    assert losses["awac"] == INF and losses["total"].isfinite()
+    losses["total"].backward()
+    assert logits.grad is None and qs[0].grad.isfinite().all()
 
 
 GOOD = {"prompt": "a", "completion": "b", "reward": 1.0}

@@ -14,7 +14,7 @@ import torch
 from conftest import RecordingSGD, assert_same_gradients, build_tokenizer, read_jsonl, refuses, write_jsonl
 from safetensors.torch import load_file
 from test_ilql_rlhf import TEMPLATE, turns
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 import ilql_rlhf
 import utils
@@ -360,6 +360,46 @@ def test_bf16(settings, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").dtype == torch.float32
 
 
+def test_bf16_of_rotary_positions(settings, tmp_path, llama_folder):
+    """Under autocast rotary keys would be fp32 and values bf16: decoding runs outside of it."""
+    run(settings(tmp_path / "run", model=llama_folder, precision="bf16"))
+    assert math.isfinite(lines(tmp_path / "run")[-1]["eval/score@beta=2"])
+
+
+def test_a_model_that_scales_its_logits_is_refused(settings, tmp_path, llama_folder):
+    """What is trained here is the LM head's own output; a Granite divides it before it is used."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteConfig(vocab_size=len(tokenizer), logits_scaling=4.0, initializer_range=0.5, **sizes)
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    tokenizer.save_pretrained(tmp_path / "granite")
+    with pytest.raises(utils.UserError, match="granite: it scales or caps its logits"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "granite")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(settings, tmp_path):
+    rows = [{"prompt": "x", "completion": "ab", "reward": 1e30}] * 4
+    flags = settings(tmp_path / "run", dataset=write_jsonl(tmp_path / "huge.jsonl", rows))
+    with pytest.raises(utils.UserError, match="step 1: the gradient is not finite"):
+        run(flags | {"eval_dataset": str(settings.folder / "prompts.jsonl"), "max_grad_norm": 0.0})
+
+
+def test_flags_that_contradict_one_another(settings, tmp_path, llama_rm_folder):
+    for changes in ({"eval_betas": ()}, {"reward_model": llama_rm_folder}):
+        with pytest.raises(utils.UserError, match="--eval_betas"):
+            run(settings(tmp_path / "run", **changes))
+
+
+def test_resuming_with_the_run_s_own_betas(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    betas = tuple(json.loads((finished / "args.json").read_text())["args"]["eval_betas"])
+    args = utils.prepare(ilql_rlhf.Args(resume=str(tmp_path / "run"), eval_betas=betas))
+    assert args.eval_betas == betas
+    with pytest.raises(utils.UserError, match="--eval_betas differs"):
+        utils.prepare(ilql_rlhf.Args(resume=str(tmp_path / "run"), eval_betas=(9.0,)))
+
+
 def test_compiled_is_eager(settings, tmp_path):
     """The forward, the loss and the decoding step (about half a minute when cold)."""
     eager = lines(run(settings(tmp_path / "eager")))
@@ -419,7 +459,7 @@ def test_mistakes_that_need_the_model(settings, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["too_few", "not_a_number"])
 def test_a_reward_function_that_answers_nonsense(name, settings, tmp_path):
     flags = settings(tmp_path / "run", reward_fn=f"{settings.folder / 'rewards.py'}:{name}")
-    with pytest.raises(utils.UserError, match="--reward_fn .* must return a finite number for each response"):
+    with pytest.raises(utils.UserError, match=f"{name}: not a finite number for each response"):
         run(flags)
 
 
