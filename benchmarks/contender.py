@@ -8,6 +8,7 @@ uniforms.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -65,13 +66,14 @@ def ppo_args(job):
         query_length=job["prompt"],
         response_length=job["response"],
         missing_eos_score="none",
-        sample_every=job["max_steps"],
         **common(job, {}),
     )
 
 
 def run_ppo(job, turns):
     def phases():
+        if os.environ.get("RANK", "0") != "0":  # rank 0 writes the line, perhaps after the others are done
+            return {}
         line = last_line(job["output_dir"])
         return {name: line[f"time/{name}"] for name in ("rollout", "score", "update")}
 
