@@ -6,18 +6,18 @@
                 v      expectile tau of the smaller target Q: near its maximum over the actions that the data holds
                 cql    cross-entropy of softmax(Q) at the action, which keeps Q low where there is no data
                 awac   cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
-    3. update   AdamW, learning rate decaying linearly to 0; then target = alpha * online + (1 - alpha) * target
+    3. update   AdamW, learning rate decaying linearly; then target = alpha * online + (1 - alpha) * target
     evaluate    sample from softmax(log pi_beta + beta * (target Q - V)) at each beta of --eval_betas
 
 One process:     python ilql_rlhf.py
 Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
 
 Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width.
-State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. The
-environment's tokens are read but are no actions, so the state after a turn's last action is that of the next turn's
-first. A turn's reward is paid for its last token; terminal marks a row's last action.
-Deviations from the paper's code: one trunk serves pi_beta, Q and V, and the Q heads alone have targets (there: two
-trunks, and a target of one); AWAC is a mean over action tokens, not over all tokens.
+State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
+environment says is read but is no action, so the state behind a turn is that of the next turn's first action. A turn's
+reward is paid for its last token; terminal marks a row's last action.
+Deviations from the paper's code: one trunk serves pi_beta, Q and V, and only the Q heads have targets (there: two trunks,
+a target of one); heads start at 0 (there: random); AWAC is a mean over action tokens (there: over all tokens).
 """
 
 import copy
@@ -76,10 +76,14 @@ class Args:
     """weight of the CQL loss"""
     awac_weight: float = 1.0
     """weight of the AWAC loss"""
-    alpha: float = 0.1
+    alpha: float = 0.03
     """Polyak: the share of the online Q heads in the targets' next value, after every optimizer step"""
     lr: float = 1e-3
-    """learning rate of the first step; decays linearly to 0"""
+    """learning rate of the first step; decays linearly to min_lr"""
+    min_lr: float = 0.0
+    """learning rate at the end of decay_epochs and from there on"""
+    decay_epochs: int | None = None
+    """passes over the rows in which the learning rate decays; none: all of num_epochs"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -105,8 +109,6 @@ class Args:
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-
-
 def last_hidden(model, input_ids, attention_mask):
     """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
     inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
@@ -115,14 +117,15 @@ def last_hidden(model, input_ids, attention_mask):
 
 
 class ILQL(torch.nn.Module):
-    """The policy (trunk and pi_beta), and V, Q, target Q on its last hidden state: Linear(d,2d)-ReLU-Linear, in full
-    precision. One module, so that the loss goes through one compiled and distributed wrapper's forward."""
+    """The policy (trunk and pi_beta), and fp32 heads on its last hidden state: V, Q and target Q."""
 
     def __init__(self, policy, num_qs, **config):
         super().__init__()
         (V, d), nn = policy.get_output_embeddings().weight.shape, torch.nn
         v, *qs = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in [1] + [V] * num_qs]
         self.policy, self.config = policy, {"num_qs": num_qs, **config}
+        for parameter in (parameter for head in (v, *qs) for parameter in head[2].parameters()):
+            nn.init.zeros_(parameter)  # no random value is bootstrapped from, none steers
         self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(qs)})
         self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
 
@@ -173,8 +176,7 @@ def ilql_loss(
 ):  # fmt: skip
     """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
     total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q and cql are sums over heads.
-    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A): actions are ids, terminal and mask bool. Nothing
-    that stands behind the mask reaches a number or a gradient."""
+    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A). What is behind the mask reaches no number or gradient."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
     vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
@@ -252,8 +254,6 @@ def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path):
     """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
     check_path(path)
@@ -335,7 +335,8 @@ def encode_rated(rows, tokenizer, args):
         if cut == 0 or ("completion" in row and cut <= states[0]):  # the prompt's start, never a row's end
             actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
             kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
-    print(f"{args.dataset}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than {args.max_length} tokens")
+    if len(kept) < len(rows):
+        print(f"{args.dataset}: left out {len(rows) - len(kept)} rows, longer than {args.max_length} tokens")
     given = torch.tensor([x for *_, paid in kept for x in paid if x is not None], dtype=torch.float64)
     mean, std = (given.mean().item(), given.std(correction=0).item()) if args.normalize_rewards else (0.0, 1.0)
     if not kept or (args.normalize_rewards and given.min() == given.max()):
@@ -364,7 +365,6 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
     sequences, rows = zip(*[prompts[order[i % len(order)]] for i in mine])
     queries = tokenizer.pad({"input_ids": list(sequences)}, padding_side="left", return_tensors="pt").to(ranks.device)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
-    asked = [row["prompt"] for row in rows]
     for beta in args.eval_betas:
         inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
         responses = generate_steered(ilql, *inputs, **sampling)
@@ -372,7 +372,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
         texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
         if not args.reward_model:
-            scores = torch.tensor([float(x) for x in scorer(asked, texts, **columns)])
+            scores = torch.tensor([float(x) for x in scorer([row["prompt"] for row in rows], texts, **columns)])
         else:  # at the last real token
             whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]
             hidden = last_hidden(scorer.to(ranks.device), *whole)[range(len(rows)), mask.sum(1) - mask.shape[1] - 1]
@@ -380,8 +380,9 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         if len(scores) != len(rows) or not scores.isfinite().all():
             raise UserError(f"{args.reward_fn or args.reward_model}: not a finite number for each response")
         means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
-        for q, text, score in zip(asked[: 10 * run.is_main], texts, scores.tolist()):
-            run.append("samples.jsonl", [{"step": step, "beta": beta, "query": q, "response": text, "score": score}])
+        for row, text, score in zip(rows[: 10 * run.is_main], texts, scores.tolist()):
+            sample = {"step": step, "beta": beta, "query": row["prompt"], "response": text, "score": score}
+            run.append("samples.jsonl", [sample])
     return means.reduce()
 
 
@@ -396,7 +397,7 @@ def main(args):
     rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
     if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
         args.reward_fn = "tasks/randomwalks.py:reward"
-    prompts, scorer, R = [], None, args.response_length
+    prompts, R = [], args.response_length
     if args.reward_fn or args.reward_model:
         args.eval_dataset = args.eval_dataset or str(Path(args.dataset).with_name("prompts.jsonl"))
         prompts = load_rows(args.eval_dataset, [("prompt",)])
@@ -405,10 +406,9 @@ def main(args):
             raise UserError(f"{args.eval_dataset}: row {[ids for ids, _ in prompts].index([]) + 1} has an empty prompt")
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
+    scorer = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
     if args.reward_model:
         scorer, _ = load_pretrained(AutoModelForSequenceClassification, args.reward_model, num_labels=1)
-    elif args.reward_fn:
-        scorer = load_function(args.reward_fn, "--reward_fn")
     limits, P = [max(len(row[k]) for row in rows) for k in (0, 1)], max([len(ids) for ids, _ in prompts], default=1)
     ranks = init_ranks()
     device, mode = ranks.device, "reduce-overhead" if torch.cuda.is_available() else None
@@ -430,15 +430,14 @@ def main(args):
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
-    parameters = [parameter for parameter in ilql.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(ilql.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     pad_id, forbidden = tokenizer.pad_token_id, torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
     forbidden[pad_id] = True  # with the ids that no token has: never sampled
     cache, stop_ids = StaticCache(config=policy.config, max_cache_len=P + R), [tokenizer.eos_token_id]
     sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
     weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
     steps_per_epoch = -(-len(rows) // args.batch_size)
-    num_steps = args.num_epochs * steps_per_epoch
+    num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
     run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
     size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
@@ -471,9 +470,9 @@ def main(args):
             means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
 
         # 3. update
-        lr = args.lr * (1 - (step - 1) / num_steps)
+        lr = args.min_lr + (args.lr - args.min_lr) * max(1 - (step - 1) / decay_steps, 0)
         optimizer.param_groups[0]["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         ilql.update_targets(args.alpha)
@@ -492,8 +491,9 @@ def main(args):
 
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", ilql, tokenizer)
-        print(f"\nmodel folder  {run.folder / 'model'}")
-        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model --beta {args.eval_betas[-1]:g}")
+        flags = f"--beta {args.eval_betas[-1]:g}" + (f" --dataset {args.eval_dataset}" if args.eval_dataset else "")
+        print(f"\nmodel folder  {run.folder}/model")
+        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags} --response_length {R}")
 
 
 if __name__ == "__main__":

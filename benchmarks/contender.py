@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are files in the root, not a package
 
 import floors
+import ilql_rlhf
 import ppo_rlhf
 import reward_model
 import sft
@@ -125,6 +126,12 @@ def run_reward_model(job, turns):
     reward_model.main(reward_model.Args(**paths, **common(job, steps)))
 
 
+def run_ilql(job, turns):
+    ilql_rlhf.progress = waiting_steps(turns, dict)
+    steps = {"num_epochs": job["max_steps"] // job["steps"], "log_every": job["steps"]}
+    ilql_rlhf.main(ilql_rlhf.Args(model=job["policy"], dataset=job["rated"], **common(job, steps)))
+
+
 def run_floor(job, turns):
     policy, critic = (floors.model_shape(AutoConfig.from_pretrained(job[name])) for name in ("policy", "critic"))
     sizes = (job["batch"], job["prompt"], job["response"])
@@ -143,7 +150,8 @@ def run_floor(job, turns):
         turns.step_done(**seconds, gflop=sum(map(floors.phase_flops, work.values())) / 1e9)
 
 
-RUNS = {"ppo": run_ppo, "decode": run_decode, "sft": run_sft, "reward_model": run_reward_model, "ranks": run_ppo}
+RUNS = {"ppo": run_ppo, "decode": run_decode, "sft": run_sft, "reward_model": run_reward_model, "ilql": run_ilql}
+RUNS["ranks"] = run_ppo
 
 
 def main(job):

@@ -8,7 +8,7 @@
     3. greedy     with --greedy: the most likely response to each prompt that was sampled from
     4. best of n  with --best_of_n: what picking the best of n by the first scorer gives, in every scorer
     steered       with --beta and the model folder of ilql_rlhf.py: everything above is about the policy that Q and V steer,
-                  kl too; it is defined at the temperature of its own behaviour policy
+                  kl too; temperature divides the logits of pi_beta before they are shifted, and those of the reference
     5. pairs      with --pairs: how often each reward model prefers the chosen response; a tie counts half
 
     python benchmarks/evaluate.py --model runs/ppo_rlhf__1__1700000000/model --ref_model runs/sft__1__1700000000/model \

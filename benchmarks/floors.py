@@ -10,6 +10,8 @@ The work, B rows of P query and R response tokens, T = P + R:
     score      one forward of policy, reference, critic and reward model; heads of the first two at the response only
     update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
     sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows
+    ilql       forward and backward of the policy on T - 1 tokens, with its head, V and two Q heads at the response; the
+               two target heads forward
 
 No head of the critic, no softmax, norm, activation, sampling or optimizer is counted: a floor is what remains when all
 of them are free.
@@ -77,6 +79,13 @@ def phases(policy, critic, kind, B, P, R, epochs=1):
     if kind == "reward_model":
         work = products(critic, 2 * B * T, 0, backward=True)
         return {"update": ([work], attention_flops(critic, 2 * B, 0, T, backward=True))}
+    if kind == "ilql":
+        width, vocabulary = policy.head
+        heads = [(width, 2 * width), (2 * width, vocabulary)] * 2
+        v_and_qs = Model([(width, 2 * width), (2 * width, 1), *heads], None, 0, 0, 0)
+        work = products(policy, B * (T - 1), B * R, backward=True) + products(v_and_qs, B * R, 0, backward=True)
+        targets = products(Model(heads, None, 0, 0, 0), B * R, 0)
+        return {"update": ([work, targets], attention_flops(policy, B, 0, T - 1, backward=True))}
     both = [products(policy, B * T, B * R), products(critic, B * T, 0)]
     forward = attention_flops(policy, B, 0, T) + attention_flops(critic, B, 0, T)
     update = [products(policy, B * T, B * R, epochs, True), products(critic, B * T, 0, epochs, True)]

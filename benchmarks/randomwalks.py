@@ -1,7 +1,7 @@
 """PPO on the embedded task over several seeds, measured along training against the exact optimum.
 
-    python benchmarks/randomwalks.py --experiment exact --output benchmarks/results/ppo_randomwalks
-    python benchmarks/randomwalks.py --experiment learned --output benchmarks/results/ppo_kl
+    python benchmarks/randomwalks.py --experiment exact --output runs/exact
+    python benchmarks/randomwalks.py --experiment learned --output runs/learned
 
 exact: the reward is the optimality itself and there is no KL penalty: trlX's setting (128 walks an update, 4 epochs; two
 minibatches of 64 make 8 optimizer steps an update). learned: the reward is a learned reward model; one run for each KL

@@ -167,6 +167,8 @@ def build_world(shape, folder, parts, lengths, steps):
         world[f"{name}completions"] = write(
             f"{name}completions.jsonl", [{"prompt": p, "completion": a} for p, a, _ in rows]
         )
+        rated = [{"prompt": p, "completion": a, "reward": float(i % 2)} for i, (p, a, _) in enumerate(rows)]
+        world[f"{name}rated"] = write(f"{name}rated.jsonl", rated)
         pairs = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in rows]
         world[f"{name}comparisons"] = write(f"{name}comparisons.jsonl", pairs)
     return world

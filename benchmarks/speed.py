@@ -5,11 +5,14 @@
                    and geometric lengths of mean a quarter of that
     sft            sft.py against TRL 1.16.0's SFTTrainer
     reward_model   reward_model.py against TRL 1.16.0's RewardTrainer
+    ilql           ilql_rlhf.py against its floor alone
     ranks          ppo_rlhf.py in one process with all threads against two ranks with half of them each
 
     bash benchmarks/peers.sh                       # once: the peers' environments, under .peers/
     python benchmarks/speed.py --output speed.json
     python benchmarks/speed.py --parts decode --presets gpt2-4x256-v8192 --dtypes fp32 bf16 --repeats 5
+    python benchmarks/speed.py --parts ilql --presets gpt2-6x144-v23 --batch_size 100 --prompt_length 1 \
+        --response_length 10 --trainer_steps 20    # a step of the random walks
     python benchmarks/speed.py --parts ppo --engines compiled floor --profile traces     # without the peers
 
 Every contender works on the same folders: random weights, a tokenizer of whole words, prompts of exactly the prompt
@@ -42,7 +45,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the scripts are files in
 from shapes import EOS, build_world, preset, sized
 from utils import UserError, environment, launch
 
-PARTS = ("ppo", "decode", "sft", "reward_model", "ranks")
+PARTS = ("ppo", "decode", "sft", "reward_model", "ilql", "ranks")
 PEERS = {"ppo": "1.12.0", "sft": "1.16.0", "reward_model": "1.16.0"}
 PHASES = ("rollout", "score", "update")
 
@@ -51,7 +54,7 @@ PHASES = ("rollout", "score", "update")
 class Args:
     presets: tuple[str, ...] = ("gpt2-4x256-v8192", "gpt2-6x144-v512")
     """shapes: gpt2-<layers>x<width>-v<vocabulary>, smollm2-135m, gpt2-124m, llama-1b, opt-1.3b"""
-    parts: tuple[Literal["ppo", "decode", "sft", "reward_model", "ranks"], ...] = (
+    parts: tuple[Literal["ppo", "decode", "sft", "reward_model", "ilql", "ranks"], ...] = (
         "ppo",
         "decode",
         "sft",
@@ -79,7 +82,7 @@ class Args:
     warmup: int = 2
     """turns of each contender before the first that counts"""
     trainer_steps: int = 2
-    """optimizer steps in a turn of sft and reward_model"""
+    """optimizer steps in a turn of sft, reward_model and ilql"""
     decode_steps: int = 4
     """batches in a turn of decode: with geometric lengths the number of tokens differs from batch to batch"""
     threads: int | None = None
@@ -124,7 +127,8 @@ def check_peers(args):
 
 def steps_of(part, args):
     """Optimizer steps, updates or batches in a turn."""
-    return {"sft": args.trainer_steps, "reward_model": args.trainer_steps, "decode": args.decode_steps}.get(part, 1)
+    steps = {"sft": args.trainer_steps, "reward_model": args.trainer_steps, "ilql": args.trainer_steps}
+    return (steps | {"decode": args.decode_steps}).get(part, 1)
 
 
 def build_contenders(part, shape, dtypes, lengths, world, args):
@@ -151,7 +155,7 @@ def build_contenders(part, shape, dtypes, lengths, world, args):
             continue
         if "peer" in args.engines and part == "decode":
             add(f"generate {dtype}", dtype, "generate", here)
-        elif "peer" in args.engines:
+        elif "peer" in args.engines and part != "ilql":
             script = "peer_ppo.py" if part == "ppo" else "peer_trainers.py"
             add(f"trl {dtype}", dtype, "peer", [str(peer_python(part)), str(ROOT / "benchmarks" / script)])
         for engine in ("eager", "compiled"):
@@ -360,7 +364,7 @@ def work_of(part, shape, args):
         return None, "tokens"
     if part == "sft":
         return args.trainer_steps * shape.batch * (shape.prompt + shape.response), "tokens"
-    return args.trainer_steps * shape.batch, "pairs"
+    return args.trainer_steps * shape.batch, "pairs" if part == "reward_model" else "rows"
 
 
 def processor():

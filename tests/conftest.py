@@ -174,7 +174,8 @@ class RecordingSGD(torch.optim.SGD):
         self.history = []
 
     def step(self):
-        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.requires_grad]
         self.history.append([gradient.clone().numpy() for gradient in gradients])
         super().step()
 

@@ -334,6 +334,8 @@ def test_targets_start_as_copies_and_follow(gpt2_folder):
     ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0], 2)
     pairs = list(zip(ilql.heads["target_q"].parameters(), ilql.heads["q"].parameters(), strict=True))
     assert all(torch.equal(target, online) and target is not online for target, online in pairs)
+    _, qs, target_qs, vs = ilql(*batch_of(ROWS, STATES))
+    assert not any(x.any() for x in (*qs, *target_qs, vs))
     for k, (_, online) in enumerate(pairs):
         online.data += normal(*online.shape, seed=k, dtype=torch.float32)
     before = [target.clone() for target, _ in pairs]
@@ -566,7 +568,7 @@ def test_long_prompts_lose_their_start_and_no_row_its_end(tokenizer, chat_tokeni
     for _, states, actions, rewards in rows:
         assert spell(tokenizer, actions) == "xyz|" and rewards == [0.0, 0.0, 0.0, 0.5]
         assert states == list(range(states[0], states[0] + 4))
-    assert "left out 1 of 4 rows longer than 6 tokens" in capsys.readouterr().out
+    assert "left out 1 rows, longer than 6 tokens" in capsys.readouterr().out
     rows, _ = encode(data[:1], tokenizer, max_length=5)
     assert spell(tokenizer, rows[0][0]) == "cxyz"  # one token of the prompt stays: the first action's state
     with pytest.raises(utils.UserError, match="no row is left"):

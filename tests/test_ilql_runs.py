@@ -152,10 +152,9 @@ def recorded(flags, ranks=None, steps=None):
     class Watched(ilql_rlhf.ILQL):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            for name, parameter in self.heads.named_parameters():  # targets that differ from the heads from the start
-                if name.startswith("target"):
-                    generator = torch.Generator().manual_seed(parameter.numel() + int(name.split(".")[1]))
-                    parameter.data += torch.randn(parameter.shape, generator=generator) / 3
+            for i, parameter in enumerate(self.heads.parameters()):  # no output 0, and targets unlike the heads
+                generator = torch.Generator().manual_seed(i)
+                parameter.data += torch.randn(parameter.shape, generator=generator) / 3
             modules.append({key: x.clone() for key, x in self.state_dict().items()})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -193,6 +192,12 @@ def share(rank, flags, rows_per_micro_batch, folder):
     return recorded(flags, ranks)[0]
 
 
+def test_the_learning_rate_falls_to_its_floor_and_stays(settings, tmp_path):
+    flags = settings(tmp_path / "run", num_epochs=3, decay_epochs=2, min_lr=2e-4, reward_fn=None)
+    rates = [line["lr"] for line in lines(run(flags))]
+    assert rates == pytest.approx([2e-4 + 8e-4 * (1 - i / 6) for i in range(6)] + [2e-4] * 3)
+
+
 def test_micro_batches_and_ranks_do_not_change_a_gradient(settings, tmp_path, on_two_ranks):
     """A last batch of 3 rows included, which two ranks share unevenly, and rows of unequal lengths."""
     rows = read_jsonl(settings.folder / "rated.jsonl")[:11]
@@ -219,7 +224,7 @@ def evaluation(rank, flags, folder):
 
 
 def test_evaluation_on_two_ranks_is_that_of_one(settings, tmp_path, on_two_ranks):
-    flags = settings("", lr=0.0, eval_samples=60, eval_every=1000)
+    flags = settings("", lr=0.03, eval_samples=60, eval_every=1000)
     one = evaluation(None, flags, str(tmp_path / "one"))
     assert set(one) == {"eval/score@beta=0", "eval/score@beta=2"} and 0 not in one.values()
     assert on_two_ranks(evaluation, flags, str(tmp_path / "two"))[0] == pytest.approx(one)

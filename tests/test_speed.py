@@ -67,6 +67,10 @@ def test_the_trainers_by_hand():
     assert floors.phase_flops(update) == 6 * 3 * (6 * body + 4 * head) + 3 * 2 * 4 * 24 * 3 * pairs
     update = floors.phases(model, model, "reward_model", 3, 2, 4)["update"]
     assert floors.phase_flops(update) == 6 * 6 * 6 * body + 3 * 2 * 4 * 24 * 6 * pairs
+    update = floors.phases(model, model, "ilql", 3, 2, 4)["update"]  # 5 tokens of a row are read, 4 have actions
+    q, v = 24 * 48 + 48 * 32, 24 * 48 + 48
+    heads = 6 * 3 * 4 * (head + 2 * q + v) + 2 * 3 * 4 * 2 * q
+    assert floors.phase_flops(update) == 6 * 3 * 5 * body + heads + 3 * 2 * 4 * 24 * 3 * 15
 
 
 def test_attention_sees_the_keys_before_it():
@@ -276,10 +280,10 @@ def test_decoding_against_transformers_with_geometric_lengths(capsys):
 
 
 def test_the_trainers_run_anew_in_each_round_and_on_two_ranks(capsys):
-    parts = {"parts": ("sft", "reward_model", "ranks"), "engines": ("eager",), "repeats": 1, "fresh": True}
+    parts = {"parts": ("sft", "reward_model", "ilql", "ranks"), "engines": ("eager",), "repeats": 1, "fresh": True}
     speed.main(speed.Args(**SMALL | parts))
     out = capsys.readouterr().out
-    assert "tokens/s" in out and "pairs/s" in out and "two ranks eager fp32 is " in out
+    assert "tokens/s" in out and "pairs/s" in out and "rows/s" in out and "two ranks eager fp32 is " in out
 
 
 @pytest.mark.parametrize(
