@@ -1,4 +1,4 @@
-"""benchmarks/evaluate.py against hand computations, brute force and the plain classes; benchmarks/curves.py on small runs."""
+"""evaluate.py against hand computations, brute force and the plain classes; curves.py, comparison.py on small runs."""
 
 import itertools
 import json
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import ilql_rlhf
-from benchmarks import curves, evaluate
+from benchmarks import comparison, curves, evaluate
+from conftest import write_jsonl
 from utils import launch, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -521,3 +522,63 @@ def test_mistakes_of_curves_end_in_one_line(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1 and message in error
     assert not (tmp_path / "p" / "new.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# comparison.py
+
+
+def evaluation(path, judge, kl, std=2.0, best_of_n=None, **changed):
+    """A file as evaluate.py writes it, with the numbers that a comparison reads."""
+    whole = {"ref_model": "sft", "reward_models": ["a", "b"], "dataset": "p", "temperature": 0.7, "response_length": 4}
+    names = {"score/b": judge, "kl": kl, "ref_perplexity": 9.0, "length": 3.0}
+    metrics = {name: {"mean": x, "low": x - 1, "high": x + 1, "std": std} for name, x in names.items()}
+    record = {"args": {**whole, "seed": 1, **changed}, "metrics": metrics, "best_of_n": best_of_n or {}}
+    path.write_text(json.dumps(record))
+    return str(path)
+
+
+def comparison_flags(folder, **changed):
+    best = {"16": {"score/b": {"mean": 2.5, "low": 2.0, "high": 3.0}, "kl_bound": math.log(16) - 15 / 16}}
+    run = folder / "ppo_run"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps({"args": {"batch_size": 32}}))
+    line = {"val/sequence_lengths": 10.0, "time/rollout": 1.0, "time/score": 2.0, "time/update": 4.0}
+    write_jsonl(run / "metrics.jsonl", [line, line])
+    files = {"sft": evaluation(folder / "sft.json", 0.5, 0.0, best_of_n=best)}
+    files["ppo"] = evaluation(folder / "ppo.json", 4.5, 12.0, std=1.0)
+    files["ilql"] = tuple(evaluation(folder / f"i{beta}.json", 0.5 + beta, beta, beta=beta) for beta in (4.0, 1.0))
+    costs = {"reward_model_seconds": 100.0, "ilql_seconds": 50.0}
+    return {**files, **costs, "ppo_run": str(run), "judge": "b", "output": str(folder / "comparison"), **changed}
+
+
+def test_a_comparison_by_hand(tmp_path, capsys):
+    comparison.main(comparison.Args(**comparison_flags(tmp_path)))
+    rows = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["SFT", "best of 16", "ILQL, beta 1", "ILQL, beta 4", "PPO"]
+    assert [row["gain"] for row in rows] == [0.0, 1.0, 0.5, 2.0, 2.0]  # in standard deviations of the SFT scores
+    assert [row["kl"]["mean"] for row in rows] == pytest.approx([0.0, math.log(16) - 15 / 16, 1.0, 4.0, 12.0])
+    assert [row["tokens"] for row in rows] == [0, 48.0, 0, 0, 640.0]
+    assert [row["seconds"] for row in rows] == [0, 100.0, 50.0, 50.0, 114.0]
+    assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 1000
+    assert "best of 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompts", "dataset is 'others', in the SFT evaluation 'p'"),
+        ("judge", "--judge c: "),
+        ("output", "exists already"),
+    ],
+)
+def test_a_comparison_of_what_differs_is_refused(tmp_path, capsys, name, message):
+    flags = comparison_flags(tmp_path)
+    if name == "prompts":
+        evaluation(tmp_path / "ppo.json", 1.0, 1.0, dataset="others")
+    else:
+        flags |= {"judge": {"judge": "c"}, "output": {"output": str(tmp_path)}}[name]
+    with pytest.raises(SystemExit):
+        launch(comparison.main, comparison.Args(**flags))
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
