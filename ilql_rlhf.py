@@ -72,7 +72,7 @@ class Args:
     """discount per action"""
     beta: float = 0.0
     """exponent of AWAC's weight, per unit of reward; 0: plain behaviour cloning"""
-    cql_weight: float = 0.1
+    cql_weight: float = 0.03
     """weight of the CQL loss"""
     awac_weight: float = 1.0
     """weight of the AWAC loss"""
@@ -82,8 +82,8 @@ class Args:
     """learning rate of the first step; decays linearly to min_lr"""
     min_lr: float = 0.0
     """learning rate at the end of decay_epochs and from there on"""
-    decay_epochs: int | None = None
-    """passes over the rows in which the learning rate decays; none: all of num_epochs"""
+    decay_epochs: int = 0
+    """passes over the rows in which the learning rate decays; 0: all of num_epochs"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -163,15 +163,15 @@ def load_function(spec, flag):
 
 
 def load_pretrained(auto_class, path, may_miss=(), **options):
-    """(model, names of the weights that the checkpoint lacks), in fp32 and eval mode with every dropout at 0. Lacking
-    weights are an error unless their names end with an entry of `may_miss`. A config alone gives random weights."""
+    """(model, names of the weights that the checkpoint lacks): fp32, eval mode, every dropout 0; on CPU plain attention,
+    which beats the fused one. Weights may only lack if they end with an entry of `may_miss`. A config: random weights."""
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
     check_path(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
-        # For nn.Dropout and for the floats that are handed to attention kernels alike.
-        config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float})
+        zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}
+        config.update({**zero, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
         if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)

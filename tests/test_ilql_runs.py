@@ -261,7 +261,7 @@ def test_metrics_are_the_documented_ones(finished):
     assert all(line.keys() == (KEYS | scores if line["step"] % 2 == 0 else KEYS) for line in metrics)
     assert [line["lr"] for line in metrics] == pytest.approx([1e-3 * (1 - i / 6) for i in range(6)])
     for line in metrics:
-        parts = line["loss/q"] + line["loss/v"] + 0.1 * line["loss/cql"] + line["loss/awac"]
+        parts = line["loss/q"] + line["loss/v"] + 0.03 * line["loss/cql"] + line["loss/awac"]
         assert line["loss/total"] == pytest.approx(parts) and line["loss/cql"] >= 0
     samples = lines(finished, "samples.jsonl")
     assert len(samples) == 3 * 2 * 6 and set(samples[0]) == {"step", "beta", "query", "response", "score"}
@@ -291,7 +291,7 @@ def test_the_saved_folder_opens_anywhere_and_comes_back_whole(finished):
     assert ilql.state_dict().keys() == trained.keys()
     assert all(torch.equal(x, trained[name]) for name, x in ilql.state_dict().items())
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(model.eval()(ids).logits, ilql.policy(ids).logits)
+    torch.testing.assert_close(model.eval()(ids).logits, ilql.policy(ids).logits, atol=1e-5, rtol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "|")
     record = json.loads((finished / "args.json").read_text())
