@@ -649,6 +649,8 @@ def gradients(rank, folders, rows_per_micro_batch, mean_of_means=False):
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
     policy, _ = utils.load_pretrained(AutoModelForCausalLM, folders[0])
     critic, _ = utils.load_pretrained(AutoModelForSequenceClassification, folders[1], num_labels=1)
+    for model in (policy, critic):
+        model.set_attn_implementation("sdpa")  # Llama's plain attention takes its softmax in fp32
     actor_critic = ActorCritic(policy, critic).double()
     rows = ppo_rows(actor_critic)
     train_model = utils.wrap(actor_critic, ranks, compiled=False)
