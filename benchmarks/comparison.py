@@ -1,8 +1,8 @@
 """Online against offline on one task: SFT, best of n, ILQL at several betas and PPO, as one table and one plot.
 
-    python benchmarks/comparison.py --sft runs/sentiment/best_of_n.json --ppo runs/sentiment/ppo.json \\
-        --ilql runs/sentiment/ilql_beta_*.json --ppo_run runs/sentiment/ppo --judge reward_model_b \\
-        --reward_model_seconds 1800 --ilql_seconds 2600 --output runs/sentiment/comparison
+    python benchmarks/comparison.py --sft runs/sentiment/sft.json --best_of_n runs/sentiment/best_of_n.json \\
+        --ilql runs/sentiment/ilql_beta_*.json --ppo runs/sentiment/ppo.json --ppo_run runs/sentiment/ppo \\
+        --judge reward_model_b --reward_model_seconds 1800 --ilql_seconds 2600 --output runs/sentiment/comparison
 
 Reads what evaluate.py wrote for each policy, on the same prompts, at the same temperature and against the same reference,
 and refuses to compare anything else. The columns:
@@ -27,17 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are 
 
 from utils import UserError, launch
 
-SAME = ("ref_model", "reward_models", "dataset", "temperature", "response_length", "seed")
+SAME = ("reward_models", "dataset", "temperature", "response_length", "seed")
 
 
 @dataclass
 class Args:
     sft: str
-    """evaluation of the SFT policy against itself, with --best_of_n where that is to be compared"""
-    ppo: str
-    """evaluation of PPO's policy"""
+    """evaluation of the SFT policy against itself"""
+    best_of_n: str
+    """evaluation of the SFT policy with --best_of_n, of enough samples that the prompts are as many as in the others"""
     ilql: tuple[str, ...]
     """evaluations of ILQL's policy, one for each beta"""
+    ppo: str
+    """evaluation of PPO's policy"""
     ppo_run: str
     """PPO's run folder: its metrics hold the tokens sampled and the seconds"""
     judge: str
@@ -56,6 +58,9 @@ def read_evaluation(path, like=None):
     for name in SAME if like else ():
         if result["args"][name] != like["args"][name]:
             raise UserError(f"{path}: {name} is {result['args'][name]!r}, in the SFT evaluation {like['args'][name]!r}")
+    prompts = [r["args"]["num_samples"] // max(r["args"]["best_of_n"], default=1) for r in (result, like or result)]
+    if prompts[0] != prompts[1]:
+        raise UserError(f"{path}: it is of {prompts[0]} prompts, the SFT evaluation of {prompts[1]}")
     return result
 
 
@@ -85,9 +90,10 @@ def rows_of(args):
         return row(name, metrics[key], metrics["kl"], metrics["ref_perplexity"], *costs)
 
     rows = [policy("SFT", sft, 0, 0)]
-    for n, best in sft["best_of_n"].items():
+    many = read_evaluation(args.best_of_n, sft)
+    for n, best in many["best_of_n"].items():
         bound = {"mean": best["kl_bound"], "low": best["kl_bound"], "high": best["kl_bound"]}
-        tokens = int(n) * sft["metrics"]["length"]["mean"]
+        tokens = int(n) * many["metrics"]["length"]["mean"]
         rows.append(row(f"best of {n}", best[key], bound, None, tokens, args.reward_model_seconds))
     steered = sorted((read_evaluation(path, sft) for path in args.ilql), key=lambda result: result["args"]["beta"])
     rows += [policy(f"ILQL, beta {result['args']['beta']:g}", result, 0, args.ilql_seconds) for result in steered]

@@ -530,7 +530,8 @@ def test_mistakes_of_curves_end_in_one_line(tmp_path, capsys, options, message):
 
 def evaluation(path, judge, kl, std=2.0, best_of_n=None, **changed):
     """A file as evaluate.py writes it, with the numbers that a comparison reads."""
-    whole = {"ref_model": "sft", "reward_models": ["a", "b"], "dataset": "p", "temperature": 0.7, "response_length": 4}
+    whole = {"reward_models": ["a", "b"], "dataset": "p", "temperature": 0.7, "response_length": 4, "num_samples": 20}
+    whole["best_of_n"] = list(map(int, best_of_n or {}))
     names = {"score/b": judge, "kl": kl, "ref_perplexity": 9.0, "length": 3.0}
     metrics = {name: {"mean": x, "low": x - 1, "high": x + 1, "std": std} for name, x in names.items()}
     record = {"args": {**whole, "seed": 1, **changed}, "metrics": metrics, "best_of_n": best_of_n or {}}
@@ -545,7 +546,8 @@ def comparison_flags(folder, **changed):
     (run / "args.json").write_text(json.dumps({"args": {"batch_size": 32}}))
     line = {"val/sequence_lengths": 10.0, "time/rollout": 1.0, "time/score": 2.0, "time/update": 4.0}
     write_jsonl(run / "metrics.jsonl", [line, line])
-    files = {"sft": evaluation(folder / "sft.json", 0.5, 0.0, best_of_n=best)}
+    files = {"sft": evaluation(folder / "sft.json", 0.5, 0.0)}
+    files["best_of_n"] = evaluation(folder / "best.json", 0.4, 0.0, best_of_n=best, num_samples=320)
     files["ppo"] = evaluation(folder / "ppo.json", 4.5, 12.0, std=1.0)
     files["ilql"] = tuple(evaluation(folder / f"i{beta}.json", 0.5 + beta, beta, beta=beta) for beta in (4.0, 1.0))
     costs = {"reward_model_seconds": 100.0, "ilql_seconds": 50.0}
@@ -568,6 +570,7 @@ def test_a_comparison_by_hand(tmp_path, capsys):
     ("name", "message"),
     [
         ("prompts", "dataset is 'others', in the SFT evaluation 'p'"),
+        ("fewer prompts", "it is of 10 prompts, the SFT evaluation of 20"),
         ("judge", "--judge c: "),
         ("output", "exists already"),
     ],
@@ -576,6 +579,8 @@ def test_a_comparison_of_what_differs_is_refused(tmp_path, capsys, name, message
     flags = comparison_flags(tmp_path)
     if name == "prompts":
         evaluation(tmp_path / "ppo.json", 1.0, 1.0, dataset="others")
+    elif name == "fewer prompts":
+        evaluation(tmp_path / "ppo.json", 1.0, 1.0, num_samples=10)
     else:
         flags |= {"judge": {"judge": "c"}, "output": {"output": str(tmp_path)}}[name]
     with pytest.raises(SystemExit):
