@@ -266,7 +266,7 @@ class Run:
         self.append("samples.jsonl", [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())][:16])
         tqdm.write(" | ".join(columns))
         for row in zip(*(column[:4] for column in columns.values())):
-            tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(x.split())[-70:] for x in row))
+            tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(str(x).split())[-70:] for x in row))
 
     def append(self, name, rows):
         with open(self.folder / name, "a") as file:

@@ -810,3 +810,16 @@ def test_a_ratio_that_explodes_on_one_rank_stops_both(settings, tmp_path, on_two
     assert len(first) == len(second) == 2
     for mine, theirs in zip(first, second, strict=True):
         assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
+
+
+def test_prompts_of_messages_run_to_the_end(settings, tmp_path, gpt2_folder):
+    """The README allows them: rollout, reward function, the table of samples and samples.jsonl."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "model")
+    prompts = [[{"role": "user", "content": text}] for text in ("ab", "c", "de", "fgh")]
+    dataset = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    ppo_rlhf.main(ppo_rlhf.Args(**settings(tmp_path / "run", model=str(tmp_path / "model"), dataset=dataset)))
+    queries = [json.loads(line)["query"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert queries and all(query in prompts for query in queries)
