@@ -336,7 +336,7 @@ def encode_rated(rows, tokenizer, args):
             actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
             kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
     if len(kept) < len(rows):
-        print(f"{args.dataset}: left out {len(rows) - len(kept)} rows, longer than {args.max_length} tokens")
+        print(f"{args.dataset}: left out {len(rows) - len(kept)} of {len(rows)} rows, longer than --max_length")
     given = torch.tensor([x for *_, paid in kept for x in paid if x is not None], dtype=torch.float64)
     mean, std = (given.mean().item(), given.std(correction=0).item()) if args.normalize_rewards else (0.0, 1.0)
     if not kept or (args.normalize_rewards and given.min() == given.max()):

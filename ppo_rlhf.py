@@ -15,9 +15,8 @@ Shapes: B rows on this rank, P query length (left padded), R response length (ri
 Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, values[:, t] belongs to the state just
 before it, rewards[:, t] is paid for it. mask (B,R) is True for real response tokens, the EOS included.
 
-Deviations from the papers' code: the score is paid at EOS itself and the state behind it has value 0 (Huang et al. pay
-it one slot later); old log-probabilities come from the training forward, not from the sampler; advantages are whitened
-over all ranks together, rewards only if asked; the optimizer is plain AdamW with eps 1e-5 and no weight decay.
+Deviations from the papers' code: the score is paid at EOS itself, behind which the value is 0 (Huang et al.: one slot
+later); old log-probabilities come from the training forward; advantages are whitened over all ranks; AdamW, eps 1e-5.
 """
 
 import copy
@@ -94,7 +93,7 @@ class Args:
     cliprange_high: float | None = None
     """the upper side alone: 1 - cliprange .. 1 + cliprange_high; none: as the lower"""
     cliprange_value: float = 0.2
-    """a new value counts at most this far from the old one, in score units"""
+    """a new value counts at most this far from the old one, in the units of the rewards that are paid"""
     vf_coef: float = 0.1
     """weight of the value loss"""
     entropy_coef: float = 0.0
@@ -110,7 +109,7 @@ class Args:
     missing_eos_score: float | Literal["none"] = -1.0
     """score of a response without stop token in place of its own: sensible where 0 is average; none: it keeps its own"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """what forwards, backwards and sampling compute in; trained weights, log-probabilities and values are fp32 always"""
+    """what forwards, backwards and sampling compute in; weights and optimizer, softmax and scalar head stay fp32"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the training forward and the decoding step"""
     save_every: int = 0
@@ -205,39 +204,34 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
 
 
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
-    """Feed one token per row (B,) to the model and sample the next one (B,)."""
-    inputs = {"attention_mask": key_mask, "position_ids": position_ids[:, None], "past_key_values": cache}
-    logits = model(tokens[:, None], **inputs, use_cache=True).logits
+    """Feed tokens (B,n) to the model and sample the next one (B,) of each row."""
+    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+    logits = model(tokens, **inputs, logits_to_keep=1).logits
     return sample_tokens(logits[:, -1], uniforms, temperature, forbidden)
 
 
 @torch.no_grad()
 def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, min_length=0,
              step=decode_step, cache=None):  # fmt: skip
-    """Sample a response (B,R) to each query (B,P): a prefill, then one `step` per token over a static KV cache. Queries
-    are left padded, query_mask (B,P) is True at real tokens. uniforms (B,R) in [0,1) fix the sample: the same block gives
-    the same tokens on any number of ranks. A row ends at its first stop id at an index >= min_length and is pad_id behind
-    it; when every row has ended the loop stops early. forbidden (V,) is True for ids that are never sampled. step:
-    `decode_step` or a compiled form of it. cache: a StaticCache of at least P + R slots, for compiled graphs to keep."""
-    (B, P), R = queries.shape, uniforms.shape[1]
+    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token
+    over a static cache of at least P + R slots. query_mask (B,P): real tokens. uniforms (B,R) in [0,1) are all the
+    randomness. A row is pad_id behind its first stop id at an index >= min_length. forbidden (V,): ids never sampled."""
+    (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
-    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
-    responses = torch.full((B, R), pad_id, device=queries.device)
+    stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    responses = torch.full((B, R), pad_id, device=device)
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
-    position_ids = positions(query_mask)
-    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache}
-    logits = model(queries.masked_fill(query_mask == 0, 0), **inputs, use_cache=True, logits_to_keep=1).logits
-    tokens = sample_tokens(logits[:, -1], uniforms[:, 0], temperature, forbidden)
-    ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
+    tokens, position_ids, decode = queries.masked_fill(query_mask == 0, 0), positions(query_mask), decode_step
     for t in range(R):
+        inputs = (tokens, position_ids, key_mask, uniforms[:, t], temperature, forbidden)
+        tokens = decode(model, cache, *inputs).clone()
         responses[:, t] = torch.where(ended, pad_id, tokens)
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
-        if t == R - 1 or (t % 8 == 7 and ended.all()):  # asking the device costs a wait, so not at every token
+        if t % 8 == 7 and ended.all():  # asking the device costs a wait, so not at every token
             break
         key_mask[:, P + t] = 1
-        inputs = (tokens, position_ids[:, -1] + 1 + t, key_mask)
-        tokens = step(model, cache, *inputs, uniforms[:, t + 1], temperature, forbidden).clone()
+        tokens, position_ids, decode = tokens[:, None], position_ids[:, -1:] + 1, step
     return responses
 
 
@@ -346,6 +340,14 @@ def load_tokenizer(path):
     return tokenizer
 
 
+def stop_token_ids(tokenizer, stop_token):
+    """Ids that end a response: EOS, and those of a text as it stands behind a letter, not at the start of a text."""
+    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", stop_token or ""))
+    if ids[: len(x)] != x or (stop_token is not None and ids == x):
+        raise UserError(f"--stop_token {stop_token!r}: the tokenizer has no tokens for it alone behind a letter")
+    return ids[len(x) :] + [tokenizer.eos_token_id]
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
     is_text = isinstance(prompt, str)
@@ -400,23 +402,20 @@ def call_reward_fn(function, rows, responses, device):
     return torch.tensor([float(score) for score in scores], device=device)
 
 
-def load_reward_fn(spec, flag, prompts):
-    """The function, or None; asked at once about two empty responses, so that its mistakes show before anything runs."""
-    function = load_function(spec, flag) if spec else None
-    if function:
-        call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
-    return function
-
-
 def check_flags(args):
-    """Refuse what no rank could run."""
+    """Refuse what no rank could run, or what would do nothing; `prepare` has refused what is below 0."""
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
-    check_divides(args.num_minibatches, args.batch_size, "--batch_size by --num_minibatches")
+    for name in ("temperature", "target_kl_nats", "early_stop_kl", *(x for x in vars(args) if x.startswith("clip"))):
+        if getattr(args, name) == 0:
+            raise UserError(f"--{name} 0: must be above 0")
+    if max(args.gamma, args.lam) > 1:
+        raise UserError("--gamma and --lam: must be at most 1")
+    if args.min_length >= args.response_length and args.missing_eos_score != "none":
+        raise UserError("--min_length: must be below --response_length, else no response could end")
+    if args.target_kl_nats and args.kl_coef == 0:
+        raise UserError("--target_kl_nats: scales --kl_coef, which must start above 0")
     if args.reward_model and args.reward_fn:
         raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
-    for name in ("temperature", "target_kl_nats", "early_stop_kl", "cliprange_score"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
 
 
 def bf16_copy(policy):
@@ -457,11 +456,12 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", args.stop_token or ""))
-    stop_ids = ids[len(x) :] + [tokenizer.eos_token_id]  # as they stand behind a letter, not at the start of a text
+    stop_ids = stop_token_ids(tokenizer, args.stop_token)
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
-    reward_fn = load_reward_fn(args.reward_fn, "--reward_fn", prompts)
-    monitor_fn = load_reward_fn(args.monitor_fn, "--monitor_fn", prompts)
+    reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
+    monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
+    for function in filter(None, (reward_fn, monitor_fn)):  # asked once, so that mistakes show before anything runs
+        call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
 
     ranks = init_ranks()
@@ -484,7 +484,7 @@ def main(args):
     missing_eos_score = None if args.missing_eos_score == "none" else args.missing_eos_score
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
-    run, means, done, metrics = Run(args, ranks, "ppo_rlhf"), Means(), 0, {}
+    run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg", "eps"]
     if args.resume:
         state = run.load_checkpoint()
@@ -514,8 +514,7 @@ def main(args):
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
         rows = [prompts[i][1] for i in order]
-        texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
-        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)  # pad, behind the mask, is special
         raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores
         has_eos = (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
         counts = has_eos | (missing_eos_score is None)  # the rows whose own score counts
@@ -589,9 +588,10 @@ def main(args):
     if ranks.rank == 0:
         save_pretrained(run.folder / "critic", critic, tokenizer)
         save_pretrained(run.folder / "model", policy, tokenizer)
-        print("\nlast update   " + ", ".join(f"{key} {metrics.get(key, math.nan):.4f}" for key in shown[:2]))
-        print(f"model folder  {run.folder}/model")
-        flags = f"--ref_model {args.model} --dataset {args.dataset} --response_length {R}"
+        print(f"\nmodel folder  {run.folder}/model")
+        flags = f"--ref_model {args.model}" + (f" --stop_token {args.stop_token!r}" if args.stop_token else "")
+        for name in ("dataset", "query_length", "response_length", "min_length", "temperature", "precision"):
+            flags += f" --{name} {getattr(args, name)}"
         flags += f" --reward_models {args.reward_model}" if args.reward_model else f" --reward_fns {args.reward_fn}"
         print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags}")
 

@@ -195,8 +195,9 @@ def newest_run(script):
 def prepare(args):
     """The arguments to run with, before anything is loaded or written: as given, or with --resume those of that run."""
     for field in fields(args):
-        if field.type is int and field.name != "seed" and getattr(args, field.name) < min(field.default, 1):
-            raise UserError(f"--{field.name} {getattr(args, field.name)}: must be at least {min(field.default, 1)}")
+        value, least = getattr(args, field.name) or 0, min(field.default, 1) if field.type is int else 0
+        if field.type in (int, float, float | None) and field.name != "seed" and not least <= value < float("inf"):
+            raise UserError(f"--{field.name} {value}: must be at least {least} and finite")
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
     if args.resume is None and args.output_dir and Path(args.output_dir).exists():
@@ -253,13 +254,12 @@ class Run:
 
     def log(self, step, metrics, show=()):
         """Append {"step": step, **metrics} to metrics.jsonl and the tracker; print the keys of `show`, aligned."""
-        if not self.is_main:
-            return
-        self.append("metrics.jsonl", [{"step": step, **metrics}])
-        self.track(metrics, step)
-        label = {key: ("eval " if key.startswith("eval/") else "") + key.split("/")[-1] for key in show}
-        cells = [f"{label[key]} {metrics[key]:<8.4g}" if key in metrics else " " * len(label[key]) for key in show]
-        tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
+        if self.is_main:
+            self.append("metrics.jsonl", [{"step": step, **metrics}])
+            self.track(metrics, step)
+            label = {key: ("eval " if key.startswith("eval/") else "") + key.split("/")[-1] for key in show}
+            cells = [f"{label[key]} {metrics[key]:<8.4g}" if key in metrics else " " * len(label[key]) for key in show]
+            tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
 
     def show_samples(self, step, columns):
         """The first rows of {name: numbers or texts} into samples.jsonl, and four of them as a small table."""

@@ -54,6 +54,7 @@ from ppo_rlhf import (
     load_tokenizer,
     response_logits,
     response_mask,
+    stop_token_ids,
     token_logprobs,
 )
 from reward_model import collate, encode_pair
@@ -97,7 +98,11 @@ class Args:
     best_of_n: tuple[int, ...] = ()
     """sizes n; the first reward model (or else function) picks. So few prompts are used that each gets the largest n"""
     response_length: int = 10
-    """tokens sampled at most, the EOS included"""
+    """tokens sampled at most, the stop token included"""
+    stop_token: str | None = None
+    """a text, such as ".", whose every token ends a response as EOS does, as in ppo_rlhf.py; none: EOS alone"""
+    min_length: int = 0
+    """tokens of a response before a stop token may end it, as in ppo_rlhf.py; not with --beta"""
     query_length: int = 64
     """tokens; longer prompts are left out and counted"""
     pairs: str | None = None
@@ -234,7 +239,7 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
     """
     sampler, policy, forbidden, reference, ref_forbidden = policies
     device, R, size = ranks.device, uniforms.shape[1], args.batch_size
-    stop_ids, pad_id = [tokenizer.eos_token_id], tokenizer.pad_token_id
+    stop_ids, pad_id = stop_token_ids(tokenizer, args.stop_token), tokenizer.pad_token_id
     P, results, is_steered = max(len(ids) for ids, _ in prompts), [], isinstance(policy, SteeredPolicy)
     for step in progress(0, -(-len(prompts) // size), ranks, name):
         part = slice((step - 1) * size, step * size)
@@ -242,15 +247,16 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         queries, query_mask = left_pad([ids for ids, _ in prompts[part]], P, pad_id, device)
         block = uniforms[part].to(device)
         inputs = (queries, query_mask, block, temperature, stop_ids, pad_id, forbidden)
-        responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs)
-        mask = response_mask(responses, stop_ids)
+        responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs, args.min_length)
+        mask = response_mask(responses, stop_ids, args.min_length)
+        has_eos = torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
         texts = [
             tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
         ]
         columns = {
             "length": mask.sum(1).tolist(),
-            "has_eos": (torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask).any(1).tolist(),
+            "has_eos": has_eos[:, args.min_length :].any(1).tolist(),
         }
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
             scores = {key: scorer(rows, texts, input_ids, attention_mask).tolist() for key, scorer in scorers.items()}
@@ -374,6 +380,8 @@ def check_args(args):
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: must not be negative")
+    if args.min_length < 0 or (args.min_length and args.beta is not None):
+        raise UserError(f"--min_length {args.min_length}: must not be negative, and does not go with --beta")
     for flag in ("output", "samples"):
         if getattr(args, flag) and Path(getattr(args, flag)).exists():
             raise UserError(f"--{flag} {getattr(args, flag)}: exists already; name another file or remove it")

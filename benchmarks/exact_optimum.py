@@ -132,7 +132,7 @@ def solve(args, seed, folder, **changes):
     flags |= {"seed": seed, "kl_coef": args.beta, "lr": args.lr, "value_trunk": args.value_trunk}
     flags |= {"batch_size": args.batch_size, "micro_batch_size": args.batch_size}
     flags |= {"total_episodes": args.num_updates * args.batch_size, "response_length": LENGTH, "min_length": LENGTH}
-    flags |= {"missing_eos_score": None, "compile": False, **changes}
+    flags |= {"missing_eos_score": "none", "compile": False, **changes}
     started = time.perf_counter()
     ppo_rlhf.main(ppo_rlhf.Args(**flags))
     return folder / "run", reference, time.perf_counter() - started

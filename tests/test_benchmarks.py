@@ -3,12 +3,15 @@
 import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
+from test_ppo_runs import run, settings  # noqa: F401
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -311,6 +314,36 @@ def test_batch_size_does_not_change_the_samples_and_the_seed_does(world, tmp_pat
     assert rows != other
 
 
+def test_a_stop_token_ends_responses_as_it_did_in_training(world, tmp_path):
+    common = {"model": world["policy"], "dataset": world["prompts"], "num_samples": 60, "response_length": 6}
+    _, plain = run_evaluate(tmp_path, **common)
+    for least in (0, 3):
+        result, rows = run_evaluate(tmp_path, **common, stop_token="b", min_length=least)
+        for row, longer in zip(rows, plain, strict=True):  # the same uniforms: the same text, cut earlier
+            text = row["response"]  # without EOS, which may stand before min_length and then ends nothing
+            if len(text) == row["length"]:
+                assert row["has_eos"] == text.endswith("b")
+            assert row["has_eos"] or row["length"] == 6
+            assert row["length"] > least and "b" not in text[least:-1]
+            assert least or longer["response"].startswith(text)
+        assert 0.2 < result["metrics"]["has_eos"]["mean"] < 1
+        assert any("b" in row["response"][:least] for row in rows) == (least > 0)
+
+
+def test_the_command_that_ppo_prints_evaluates_what_was_trained(settings, tmp_path, capsys):  # noqa: F811
+    changes = {"temperature": 0.7, "stop_token": "a b", "min_length": 2, "precision": "bf16", "missing_eos_score": -1.0}
+    flags = settings(tmp_path / "run", query_length=7, **changes)
+    run(flags)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
+    python, script, *words = shlex.split(line.removeprefix("next "))
+    args = tyro.cli(evaluate.Args, args=words, use_underscores=True)
+    assert (python, script) == ("python", "benchmarks/evaluate.py")
+    assert args.model == f"{tmp_path}/run/model" and args.ref_model == flags["model"]
+    assert args.reward_fns == (flags["reward_fn"],) and args.reward_models == ()
+    for name in ("dataset", "query_length", "response_length", "temperature", "stop_token", "min_length", "precision"):
+        assert getattr(args, name) == flags[name]
+
+
 def test_greedy_is_temperature_zero_and_deterministic(world, tmp_path):
     common = {"model": world["policy"], "dataset": world["prompts"], "reward_fns": (world["count_a"],)}
     both, _ = run_evaluate(tmp_path, **common, num_samples=8, greedy=True)
@@ -395,6 +428,8 @@ def test_names_of_scorers(world, tmp_path):
         ({"model": "{policy}", "best_of_n": (4,)}, "needs --reward_models or --reward_fns"),
         ({"model": "{policy}", "best_of_n": (500,), "reward_fns": ("{count_a}",)}, "--best_of_n 500"),
         ({"model": "{policy}", "beta": 1.0}, "--beta 1.0: --model must be a model folder of ilql_rlhf.py"),
+        ({"model": "{policy}", "min_length": -1}, "--min_length -1"),
+        ({"model": "{policy}", "stop_token": ""}, "--stop_token ''"),
         ({"model": "{policy}", "num_samples": 0}, "--num_samples 0"),
         ({"model": "{policy}", "temperature": -1.0}, "--temperature -1.0"),
         ({"model": "{policy}", "output": "{prompts}"}, "exists already"),

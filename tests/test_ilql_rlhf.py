@@ -568,7 +568,7 @@ def test_long_prompts_lose_their_start_and_no_row_its_end(tokenizer, chat_tokeni
     for _, states, actions, rewards in rows:
         assert spell(tokenizer, actions) == "xyz|" and rewards == [0.0, 0.0, 0.0, 0.5]
         assert states == list(range(states[0], states[0] + 4))
-    assert "left out 1 rows, longer than 6 tokens" in capsys.readouterr().out
+    assert "left out 1 of 4 rows, longer than --max_length" in capsys.readouterr().out
     rows, _ = encode(data[:1], tokenizer, max_length=5)
     assert spell(tokenizer, rows[0][0]) == "cxyz"  # one token of the prompt stays: the first action's state
     with pytest.raises(utils.UserError, match="no row is left"):

@@ -291,7 +291,8 @@ def test_the_saved_folder_opens_anywhere_and_comes_back_whole(finished):
     assert ilql.state_dict().keys() == trained.keys()
     assert all(torch.equal(x, trained[name]) for name, x in ilql.state_dict().items())
     ids = torch.tensor([[5, 6, 7, 8]])
-    torch.testing.assert_close(model.eval()(ids).logits, ilql.policy(ids).logits, atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation(ilql.policy.config._attn_implementation)  # the same weights and the same kernels
+    assert torch.equal(model.eval()(ids).logits, ilql.policy(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "|")
     record = json.loads((finished / "args.json").read_text())
@@ -435,6 +436,8 @@ MISTAKES = {
     "tau": (lambda tmp_path: {"tau": 0.0}, "--tau 0.0: must be above 0"),
     "gamma": (lambda tmp_path: {"gamma": 1.5}, "--gamma 1.5"),
     "alpha": (lambda tmp_path: {"alpha": -0.1}, "--alpha -0.1"),
+    "ascent": (lambda tmp_path: {"min_lr": -1e-3}, "--min_lr -0.001: must be at least 0"),
+    "weights of no loss": (lambda tmp_path: {"cql_weight": -1.0}, "--cql_weight -1.0: must be at least 0"),
     "batch size zero": (lambda tmp_path: {"batch_size": 0}, "--batch_size"),
     "no such function": (lambda tmp_path: {"reward_fn": "nowhere.py:f"}, "--reward_fn nowhere.py:f: no such file"),
     "no prompts": (lambda tmp_path: {"eval_dataset": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),

@@ -92,7 +92,7 @@ BUGS = [
         "positions of the padding in sampling",
         "the same bug in the sampler alone: it is off the policy by the length of the padding",
         "test_generate_is_the_slow_loop[gpt2-1.0]",
-        {"position_ids = positions(query_mask)": "position_ids = positions(torch.ones_like(query_mask))"},
+        {"positions(query_mask), decode_step": "positions(torch.ones_like(query_mask)), decode_step"},
     ),
     Bug(
         "unused ids kept by the scorer",
@@ -269,7 +269,7 @@ BUGS = [
         "gamma and lam swapped",
         "two floats side by side, of which one is 1 by default",
         "test_first_value_loss_of_a_reward_model",
-        {"args.gamma, args.lam)": "args.lam, args.gamma)"},
+        {"mask, args.gamma, args.lam)": "mask, args.lam, args.gamma)"},
     ),
     # ---- Update
     Bug(

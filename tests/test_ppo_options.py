@@ -3,6 +3,7 @@ clipping, reward whitening, entropy bonus, asymmetric clip, ratio guard, early s
 
 import copy
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ppo_rlhf
 from ppo_rlhf import ActorCritic, last_hidden, load_models, normalise, predicting, response_logits, score_head
+from utils import UserError
 
 A = 2  # the id of "a"
 
@@ -340,6 +342,23 @@ def test_stop_token_is_the_one_inside_a_text(settings, tmp_path, gpt2_folder):  
         recording = recorded("response_mask", settings(tmp_path / "run", "letters", stop_token="a"))
     [((_, stop_ids, _), _)] = recording
     assert calls and set(stop_ids.tolist()) == {A, 1}
+
+
+def test_a_stop_token_that_melts_into_the_letter_before_it_is_refused():
+    """Behind the letter that stands for a response, some tokenizers have one token for both: no id to wait for."""
+
+    class Melting:
+        eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens):
+            pieces = {"x": [5], "x.": [6], "x!?": [5, 7, 8], "x;": [9, 7]}
+            return types.SimpleNamespace(input_ids=pieces[text])
+
+    assert ppo_rlhf.stop_token_ids(Melting(), "!?") == [7, 8, 1]
+    assert ppo_rlhf.stop_token_ids(Melting(), None) == [1]
+    for text in (".", ";", ""):
+        with pytest.raises(UserError, match="--stop_token"):
+            ppo_rlhf.stop_token_ids(Melting(), text)
 
 
 def test_a_long_minimum_means_fixed_length(settings, tmp_path):  # noqa: F811

@@ -105,7 +105,7 @@ def settings(tmp_path_factory, gpt2_folder):
         flags |= {"reward_fn": f"{folder / 'rewards.py'}:{reward}"} if reward else {}
         flags |= {"batch_size": 16, "micro_batch_size": 16, "num_epochs": 1, "num_minibatches": 1}
         flags |= {"query_length": 8, "response_length": 16, "total_episodes": updates * changes.get("batch_size", 16)}
-        return flags | {"compile": False, "missing_eos_score": None} | changes
+        return flags | {"compile": False, "missing_eos_score": "none"} | changes
 
     flags.folder = folder
     return flags
@@ -422,14 +422,14 @@ def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks):
         assert timeless(tmp_path / name)[0] == pytest.approx(timeless(tmp_path / "whole")[0], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("penalty", [-7.0, None])
+@pytest.mark.parametrize("penalty", [-7.0, "none"])
 def test_missing_eos_score(settings, tmp_path, penalty):
     folder = run(settings(tmp_path / "run", "letters", missing_eos_score=penalty))
     samples = lines(folder, "samples.jsonl")
     endless = [len(row["response"]) == 16 for row in samples]
     assert any(endless) and not all(endless)
     for row, has_no_eos in zip(samples, endless, strict=True):
-        assert row["score"] == (penalty if has_no_eos and penalty else len(row["response"]))
+        assert row["score"] == (penalty if has_no_eos and penalty != "none" else len(row["response"]))
     assert lines(folder)[0]["objective/scores"] == pytest.approx(sum(row["score"] for row in samples) / 16)
 
 
@@ -536,6 +536,9 @@ def refused(capsys):
         ({"monitor_fn": "nowhere.py:f"}, ["--monitor_fn", "nowhere.py"]),
         ({"reward_fn": "share_of_a"}, ["--reward_fn", "file.py:function"]),
         ({"reward_model": "somewhere"}, ["--reward_model", "--reward_fn"]),  # both
+        ({"min_length": 16, "missing_eos_score": -1.0}, ["--min_length", "--response_length"]),  # every score a -1
+        ({"target_kl_nats": 2.0, "kl_coef": 0.0}, ["--target_kl_nats", "--kl_coef"]),  # 0 stays 0, whatever it is times
+        ({"stop_token": ""}, ["--stop_token"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -547,11 +550,14 @@ def test_refused_flags(refused, settings, tmp_path, changes, fragments):
     ("flag", "value"),
     [
         *(("micro_batch_size", 0), ("num_epochs", 0), ("response_length", 0), ("temperature", 0.0)),
+        *(("max_grad_norm", -1.0), ("lr", -1e-3), ("lr", math.nan), ("kl_coef", -0.1), ("vf_coef", math.inf)),
+        *(("cliprange", 0.0), ("cliprange_high", 0.0), ("cliprange_high", -0.1), ("cliprange_value", 0.0)),
+        *(("gamma", 1.01), ("gamma", -0.5), ("lam", 1.5), ("entropy_coef", -0.1), ("early_stop_kl", 0.0)),
         ("response_length", 60),  # with its prompt beyond the 64 positions of the model
     ],
 )
 def test_refused_sizes(refused, settings, tmp_path, flag, value):
-    """Each would end in a traceback, in a run that trains nothing, or in NaN."""
+    """Each would end in a traceback, in NaN, or in a run that trains nothing or something else than it says."""
     refused(settings(tmp_path / "run") | {flag: value}, f"--{flag}")
 
 

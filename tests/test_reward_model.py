@@ -418,6 +418,7 @@ MISTAKES = {
     "batch size zero": (lambda tmp_path: {"batch_size": 0}, "--batch_size"),
     "micro-batch size zero": (lambda tmp_path: {"micro_batch_size": 0}, "--micro_batch_size"),
     "no epoch": (lambda tmp_path: {"num_epochs": 0}, "--num_epochs"),
+    "ascent": (lambda tmp_path: {"lr": -1e-3}, "--lr -0.001: must be at least 0"),
 }
 
 

@@ -1,6 +1,7 @@
 """Masked statistics against numpy and against two ranks; data files, model folders and run folders, good and bad."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -406,6 +407,22 @@ def test_resuming_takes_the_runs_own_arguments_and_refuses_others(tmp_path):
     refused("--lr .*differs", utils.prepare, Args(resume=folder, lr=0.25))
     refused("--output_dir .*differs", utils.prepare, Args(resume=folder, output_dir=str(tmp_path / "other")))
     refused("--resume .*nowhere.*args.json", utils.prepare, Args(resume=str(tmp_path / "nowhere")))
+
+
+def test_numbers_that_turn_an_objective_round_are_refused():
+    @dataclass
+    class Numbers(Args):
+        price: float | None = None
+        penalty: float | str = -1.0
+        num_epochs: int = 3
+        save_every: int = 0
+
+    fine = Numbers(lr=0.0, seed=-3, price=0.0, penalty=-5.0)
+    assert utils.prepare(fine) == fine
+    for name, value in {"lr": -0.1, "price": -0.1, "num_epochs": 0, "save_every": -1}.items():
+        refused(f"--{name} {value}: must be at least", utils.prepare, Numbers(**{name: value}))
+    for value in (math.nan, math.inf):
+        refused("--price .* finite", utils.prepare, Numbers(price=value))
 
 
 def test_a_moved_run_can_be_resumed(tmp_path):
