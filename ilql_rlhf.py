@@ -80,6 +80,8 @@ class Args:
     """Polyak: the share of the online Q heads in the targets' next value, after every optimizer step"""
     lr: float = 1e-3
     """learning rate of the first step; decays linearly to min_lr"""
+    policy_lr_scale: float = 1.0
+    """times the learning rate: that of trunk and LM head; 0 leaves pi_beta as it is and trains the heads alone"""
     min_lr: float = 0.0
     """learning rate at the end of decay_epochs and from there on"""
     decay_epochs: int = 0
@@ -191,8 +193,7 @@ def ilql_loss(
     v_loss = (tau - (target_q < vs).to(vs.dtype)).abs() * (target_q - vs) ** 2
     # Conservatism (Kumar et al. 2020) over tokens: -log softmax(Q) of the action.
     cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))
-    # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, eq. 7).
-    weight = torch.exp(beta * (target_q - vs)).detach()
+    weight = torch.exp(beta * (target_q - vs)).detach()  # behaviour cloning by advantage (Nair et al. 2020; IQL, eq. 7)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
 
@@ -276,7 +277,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
@@ -369,8 +370,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
         responses = generate_steered(ilql, *inputs, **sampling)
         mask = response_mask(responses, sampling["stop_ids"])
-        texts = [ids[real] for ids, real in zip(responses.cpu(), mask.cpu())]
-        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not args.reward_model:
             scores = torch.tensor([float(x) for x in scorer([row["prompt"] for row in rows], texts, **columns)])
         else:  # at the last real token
@@ -422,15 +422,16 @@ def main(args):
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
-    with torch.no_grad():  # of one id
-        logits, hidden = policy(torch.zeros(1, 1).long()).logits, policy.base_model(torch.zeros(1, 1).long())[0]
-        if not torch.allclose(policy.get_output_embeddings()(hidden), logits, atol=1e-3):
-            raise UserError(f"--model {args.model}: it scales or caps its logits, which ILQL here does not follow")
-    ilql = ILQL(policy, args.num_qs, **statistics).to(device)
+    x = torch.zeros(1, 1).long()  # one id
+    plain = torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
+    if not plain or policy.config.model_type == "gpt_neo":
+        raise UserError(f"--model {args.model}: it scales or caps its logits or attends locally, unlike ILQL here")
+    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, **statistics).to(device)
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
-    optimizer = torch.optim.AdamW(ilql.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    groups = [{"params": list(part.parameters())} for part in (ilql.policy, ilql.heads)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
     pad_id, forbidden = tokenizer.pad_token_id, torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
     forbidden[pad_id] = True  # with the ids that no token has: never sampled
     cache, stop_ids = StaticCache(config=policy.config, max_cache_len=P + R), [tokenizer.eos_token_id]
@@ -471,12 +472,12 @@ def main(args):
 
         # 3. update
         lr = args.min_lr + (args.lr - args.min_lr) * max(1 - (step - 1) / decay_steps, 0)
-        optimizer.param_groups[0]["lr"] = lr
+        for group, scale in zip(optimizer.param_groups, (args.policy_lr_scale, 1.0)):
+            group["lr"] = lr * scale
         grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         ilql.update_targets(args.alpha)
-
         evaluates = scorer is not None and (step % args.eval_every == 0 or step == num_steps)
         saves = args.save_every and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
@@ -488,7 +489,6 @@ def main(args):
             run.log(step, metrics, show=shown)
         if saves:
             run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
-
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", ilql, tokenizer)
         flags = f"--beta {args.eval_betas[-1]:g}" + (f" --dataset {args.eval_dataset}" if args.eval_dataset else "")

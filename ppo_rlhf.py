@@ -21,7 +21,6 @@ later); old log-probabilities come from the training forward; advantages are whi
 
 import copy
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +44,7 @@ class Args:
     value_trunk: Literal["separate", "shared"] = "separate"
     """the critic: a network of its own, from the reward model (else --model, zero head), or a zero head on the policy"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns) -> one number a response, which may be empty"""
+    """path/to/file.py:function(prompts, responses, **columns) -> one number for each response of this rank, some empty"""
     monitor_fn: str | None = None
     """a function like --reward_fn that is logged as monitor/<name> and never trained on: shows over-optimisation"""
     dataset: str = "data/randomwalks/prompts.jsonl"
@@ -83,7 +82,7 @@ class Args:
     target_kl_nats: float | None = None
     """adapt kl_coef until the KL of a response is this; none: kl_coef stays"""
     kl_horizon: int = 10000
-    """episodes: how slowly kl_coef adapts"""
+    """with --target_kl_nats: how slowly kl_coef adapts, in episodes"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
@@ -121,20 +120,15 @@ class Args:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-def positions(attention_mask):
-    """Position of each token (B,T), counting real tokens only; padding gets a valid position that nobody reads."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 def predicting(x, response_length):
     """From (B,T,...) to (B,R,...): the entries at which the response's tokens are still to come, P - 1 .. T - 2."""
     return x[:, -response_length - 1 : -1]
 
 
 def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
-    """Logits (B,R,V) that predict the response's tokens; -inf for the ids that are never sampled. hidden: return also
-    the hidden states (B,R,d) from which the head computes them."""
-    inputs = {"attention_mask": attention_mask.long(), "position_ids": positions(attention_mask), "use_cache": False}
+    """Logits (B,R,V) that predict the response's tokens; -inf for forbidden ids. hidden: and the head's inputs (B,R,d)."""
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # of real tokens; padding gets one that nobody reads
+    inputs = {"attention_mask": attention_mask.long(), "position_ids": positions, "use_cache": False}
     inputs |= {"logits_to_keep": response_length + 1, "output_hidden_states": hidden}
     outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
     logits = predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)
@@ -182,11 +176,10 @@ class ActorCritic(torch.nn.Module):
         return logprobs, entropy, score_head(self.critic, hidden)
 
 
-def forbidden_ids(policy, tokenizer, stop_ids):
-    """(V,) bool: ids that no token has, and pad unless it ends a response; for sampler, policy and reference alike."""
-    forbidden = torch.arange(policy.config.vocab_size, device=policy.device) >= len(tokenizer)
-    forbidden[tokenizer.pad_token_id] |= tokenizer.pad_token_id not in stop_ids
-    return forbidden
+def forbidden_ids(policy, tokenizer):
+    """(V,) bool: pad, and ids that no token has; never sampled, and -inf for policy and reference alike."""
+    ids = torch.arange(policy.config.vocab_size, device=policy.device)
+    return (ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id)
 
 
 def sample_tokens(logits, uniforms, temperature, forbidden=None):
@@ -220,9 +213,9 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
     stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    responses = torch.full((B, R), pad_id, device=device)
+    responses, decode = torch.full((B, R), pad_id, device=device), decode_step  # which prefills; then comes `step`
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
-    tokens, position_ids, decode = queries.masked_fill(query_mask == 0, 0), positions(query_mask), decode_step
+    tokens, position_ids = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
     for t in range(R):
         inputs = (tokens, position_ids, key_mask, uniforms[:, t], temperature, forbidden)
         tokens = decode(model, cache, *inputs).clone()
@@ -340,12 +333,15 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def stop_token_ids(tokenizer, stop_token):
-    """Ids that end a response: EOS, and those of a text as it stands behind a letter, not at the start of a text."""
-    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", stop_token or ""))
-    if ids[: len(x)] != x or (stop_token is not None and ids == x):
+def stop_token_ids(tokenizer, stop_token, eos):
+    """Ids that end a response: EOS (an id or a list), and those of a text as it stands behind a letter, not at a start."""
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else ())}
+    if stop_token is None:
+        return sorted(eos)
+    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", stop_token))
+    if ids[: len(x)] != x or ids == x or {tokenizer.unk_token_id, tokenizer.pad_token_id} & {*ids[len(x) :]}:
         raise UserError(f"--stop_token {stop_token!r}: the tokenizer has no tokens for it alone behind a letter")
-    return ids[len(x) :] + [tokenizer.eos_token_id]
+    return sorted(eos.union(ids[len(x) :]))
 
 
 def encode_prompt(tokenizer, prompt):
@@ -355,7 +351,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
@@ -364,9 +360,14 @@ def encode_prompt(tokenizer, prompt):
 
 def encode_prompts(rows, tokenizer, query_length, path):
     """[(token ids, row)] of the prompts that fit."""
-    encoded = [(encode_prompt(tokenizer, row["prompt"]), row) for row in rows]
-    if not all(ids for ids, _ in encoded):
-        raise UserError(f"{path}: row {[not ids for ids, _ in encoded].index(True) + 1} has an empty prompt")
+    encoded = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            encoded.append((encode_prompt(tokenizer, row["prompt"]), row))
+        except Exception as error:  # chat templates refuse in many ways
+            raise UserError(f"{path}: row {number}: {error}") from error
+        if not encoded[-1][0]:
+            raise UserError(f"{path}: row {number} has an empty prompt")
     kept = [pair for pair in encoded if len(pair[0]) <= query_length]
     if len(kept) < len(encoded):
         print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than --query_length")
@@ -393,17 +394,17 @@ def call_reward_fn(function, rows, responses, device):
     """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
     scores, name = function([row["prompt"] for row in rows], responses, **columns), function.__name__
-    count = len(scores) if hasattr(scores, "__len__") else scores
+    count = len(scores) if hasattr(scores, "__len__") else repr(scores)
     if count != len(responses):
         raise UserError(f"{name} returned {count} scores for {len(responses)} responses")
     for score, response in zip(scores, responses):
-        if not isinstance(score, (numbers.Real, torch.Tensor)) or not math.isfinite(score):
+        if not hasattr(score, "__float__") or not math.isfinite(score):
             raise UserError(f"{name} returned {score!r} for the response {response!r}")
     return torch.tensor([float(score) for score in scores], device=device)
 
 
 def check_flags(args):
-    """Refuse what no rank could run, or what would do nothing; `prepare` has refused what is below 0."""
+    """Refuse what cannot work together; `prepare` has refused what is below 0."""
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     for name in ("temperature", "target_kl_nats", "early_stop_kl", *(x for x in vars(args) if x.startswith("clip"))):
         if getattr(args, name) == 0:
@@ -435,10 +436,13 @@ def load_models(args, tokenizer, num_positions, device):
     if critic is None or args.value_trunk == "shared":
         critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
+        critic.base_model.load_state_dict(policy.base_model.state_dict())
+    eos = policy.config.eos_token_id if isinstance(policy.config.eos_token_id, list) else tokenizer.eos_token_id
     for model in filter(None, (policy, critic, reward_model)):
-        if num_positions > getattr(model.config, "max_position_embeddings", num_positions):
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "window_size")]
+        if num_positions > min(filter(None, limits), default=num_positions):  # a static cache confuses GPT-Neo's window
             raise UserError(f"--response_length: {num_positions} positions with the prompt, more than a model has")
-        model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
+        model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
@@ -456,16 +460,14 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    stop_ids = stop_token_ids(tokenizer, args.stop_token)
     prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
     reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
     monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
     for function in filter(None, (reward_fn, monitor_fn)):  # asked once, so that mistakes show before anything runs
         call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
-
     ranks = init_ranks()
-    device = ranks.device
+    device, mode = ranks.device, "reduce-overhead" if torch.cuda.is_available() else None
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
@@ -473,17 +475,16 @@ def main(args):
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     sampler = policy if args.precision == "fp32" else bf16_copy(policy)
-    graphs = {"fullgraph": True, "mode": "reduce-overhead" if device.type == "cuda" else None}
-    step = torch.compile(decode_step, **graphs) if args.compile else decode_step
+    step = torch.compile(decode_step, fullgraph=True, mode=mode) if args.compile else decode_step
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    stop_ids, pad_id = torch.tensor(stop_ids, device=device), tokenizer.pad_token_id
-    forbidden = forbidden_ids(policy, tokenizer, stop_ids)
+    stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
+    forbidden, pad_id = forbidden_ids(policy, tokenizer), tokenizer.pad_token_id
     sampling = {"forbidden": forbidden, "min_length": args.min_length, "step": step}
     sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R)
-    missing_eos_score = None if args.missing_eos_score == "none" else args.missing_eos_score
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
+    missing = 0.0 if args.missing_eos_score == "none" else args.missing_eos_score
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg", "eps"]
     if args.resume:
@@ -514,14 +515,14 @@ def main(args):
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
         rows = [prompts[i][1] for i in order]
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)  # pad, behind the mask, is special
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores
         has_eos = (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
-        counts = has_eos | (missing_eos_score is None)  # the rows whose own score counts
-        scores, moments = normalise(raw_scores, counts, moments) if args.normalize_scores else (raw_scores, moments)
-        scores = scores.clamp(-cap, cap).where(counts, missing_eos_score or 0.0)
+        judged = has_eos | (args.missing_eos_score == "none")  # the rows that keep their own score
+        scores, moments = normalise(raw_scores, judged, moments) if args.normalize_scores else (raw_scores, moments)
+        scores = scores.clamp(-cap, cap).where(judged, missing)
         rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
-        scored = clock(device)
+        scored, steps = clock(device), 0
 
         # 3. advantages
         rewards = whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
@@ -530,8 +531,7 @@ def main(args):
 
         # 4. update: every rank holds the global batch and takes its share of each minibatch
         batch = [all_gather(x) for x in (input_ids, attention_mask, logprobs, values, advantages, returns, mask)]
-        lr, steps = args.lr * (1 - (update - 1) / num_updates), 0
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
         orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
         orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders]).to(device)
         for attempt, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
@@ -571,7 +571,7 @@ def main(args):
         means.add(stats)
         means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
         spread = [masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns)]
-        means.add({"val/explained_var": 1 - spread[0] / spread[1].clamp(min=1e-8)})
+        means.add({"val/explained_var": (spread[1] - spread[0]) / spread[1].clamp(min=1e-8)})
         metrics = means.reduce() | {"kl_coef": controller.kl_coef, "lr": lr, "episode": update * args.batch_size}
         metrics |= {"optim/steps": steps, "optim/skipped": attempt - steps, "time/rollout": rolled_out - started}
         metrics |= {"time/score": scored - rolled_out, "time/update": updated - scored}

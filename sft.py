@@ -102,7 +102,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]

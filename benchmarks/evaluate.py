@@ -47,6 +47,7 @@ from ppo_rlhf import (
     bf16_copy,
     call_reward_fn,
     encode_prompts,
+    forbidden_ids,
     generate,
     last_hidden,
     last_token_scores,
@@ -195,9 +196,7 @@ def load_policy(path, flag, tokenizer, device):
         raise UserError(f"{flag} {path}: a reward model, not a language model")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    forbidden = torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
-    forbidden[tokenizer.pad_token_id] |= tokenizer.pad_token_id != tokenizer.eos_token_id
-    return policy.requires_grad_(False).to(device), forbidden
+    return policy.requires_grad_(False).to(device), forbidden_ids(policy, tokenizer).to(device)
 
 
 class SteeredPolicy:
@@ -239,7 +238,7 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
     """
     sampler, policy, forbidden, reference, ref_forbidden = policies
     device, R, size = ranks.device, uniforms.shape[1], args.batch_size
-    stop_ids, pad_id = stop_token_ids(tokenizer, args.stop_token), tokenizer.pad_token_id
+    stop_ids, pad_id = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), tokenizer.pad_token_id
     P, results, is_steered = max(len(ids) for ids, _ in prompts), [], isinstance(policy, SteeredPolicy)
     for step in progress(0, -(-len(prompts) // size), ranks, name):
         part = slice((step - 1) * size, step * size)
@@ -252,7 +251,8 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         has_eos = torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
         texts = [
-            tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(responses.cpu(), mask.cpu())
+            tokenizer.decode(ids[real], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids, real in zip(responses.cpu(), mask.cpu())
         ]
         columns = {
             "length": mask.sum(1).tolist(),
@@ -428,7 +428,7 @@ def main(args):
         rows = [order[i % len(order)] for i in range(args.num_samples)]  # the prompt of each response
 
         policy, forbidden = load_policy(args.model, "--model", tokenizer, device)
-        limit = getattr(policy.config, "max_position_embeddings", None)
+        limit = getattr(policy.config, "window_size", None) or getattr(policy.config, "max_position_embeddings", None)
         longest = max(len(prompts[i][0]) for i in order)
         if limit and longest + args.response_length > limit:
             raise UserError(

@@ -78,13 +78,13 @@ def build_task(folder, seed):
 
 
 def sequence_logprobs(model_folder):
-    """Log-probabilities (512,) of all responses and the entropies (512,3) of the steps they pass, in fp64."""
+    """Log-probabilities (512,3) of the steps of all responses and the entropies (512,3) there, in fp64."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval()
     sequences = torch.tensor(list(itertools.product(range(PAD), repeat=LENGTH)))
     ids = torch.cat([torch.full((len(sequences), 1), LETTERS.index(PROMPT)), sequences], 1)
     with torch.no_grad():
         steps = torch.log_softmax(model(ids).logits[:, :-1, :PAD], -1)
-    logprobs = steps.gather(-1, sequences[..., None]).squeeze(-1).sum(1)
+    logprobs = steps.gather(-1, sequences[..., None]).squeeze(-1)
     return logprobs, -(steps.exp() * steps).sum(-1)
 
 
@@ -93,7 +93,9 @@ def exact(policy_folder, reference_folder, seed, beta):
     of one response)} of what ppo_rlhf.py logs under that name."""
     texts = ["".join(LETTERS[i] for i in y if i != EOS) for y in itertools.product(range(PAD), repeat=LENGTH)]
     r = torch.tensor(reward(None, texts, [seed] * len(texts)), dtype=torch.float64)
-    (logp, entropies), (log_ref, _) = sequence_logprobs(policy_folder), sequence_logprobs(reference_folder)
+    (steps, entropies), (ref_steps, _) = sequence_logprobs(policy_folder), sequence_logprobs(reference_folder)
+    logp, log_ref, log_ratios = steps.sum(1), ref_steps.sum(1), steps - ref_steps
+    k3 = (torch.expm1(-log_ratios) + log_ratios).sum(1)
     log_z = torch.logsumexp(log_ref + r / beta, 0)
     log_star = log_ref + r / beta - log_z
 
@@ -104,6 +106,10 @@ def exact(policy_folder, reference_folder, seed, beta):
     logged = {
         "objective/scores": moments(r),
         "objective/kl": moments(logp - log_ref),
+        "objective/kl_k3": moments(k3),
+        "objective/kl_per_token": moments(log_ratios.mean(1)),
+        "objective/kl_k3_per_token": moments(k3 / LENGTH),
+        "objective/non_score_reward": moments(-beta * (logp - log_ref)),
         "objective/rlhf_reward": moments(r - beta * (logp - log_ref)),
         "objective/entropy": moments(-logp),
         "policy/entropy_avg": moments(entropies.mean(1)),

@@ -37,7 +37,8 @@ def policy_at(run, step, folder):
 
 def test_the_enumeration_is_whole(tmp_path):
     reference, _ = build_task(tmp_path, 3)
-    logprobs, entropies = sequence_logprobs(reference)
+    steps, entropies = sequence_logprobs(reference)
+    logprobs = steps.sum(1)
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-12)
     # The chain rule: the entropy of sequences is the sum of the entropies of their steps.
     assert (logprobs.exp() * -logprobs).sum().item() == pytest.approx((logprobs.exp() * entropies.sum(1)).sum().item())
@@ -69,12 +70,9 @@ def test_logged_means_are_the_exact_ones_within_sampling_error(solved, tmp_path,
     run, reference = solved
     _, logged = exact(policy_at(run, step, tmp_path / "policy"), reference, 1, BETA)
     line = read_jsonl(run / "metrics.jsonl")[step]
-    for name in ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy"):
+    for name in logged.keys() - {"policy/entropy_avg"}:  # which is of the policies that the update went through
         mean, deviation = logged[name]
         assert line[name] == pytest.approx(mean, abs=5 * deviation / math.sqrt(256)), name
-    mean, deviation = logged["objective/kl"]
-    assert line["objective/kl_k3"] == pytest.approx(mean, abs=1.0)  # heavy tailed: a coarser bound
-    assert line["objective/kl_per_token"] == pytest.approx(line["objective/kl"] / 3, abs=1e-6)
 
 
 def test_logged_entropy_of_the_steps(tmp_path):

@@ -198,6 +198,19 @@ def test_the_learning_rate_falls_to_its_floor_and_stays(settings, tmp_path):
     assert rates == pytest.approx([2e-4 + 8e-4 * (1 - i / 6) for i in range(6)] + [2e-4] * 3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
+def test_the_policy_learns_at_its_own_rate(settings, tmp_path, scale, gpt2_folder):
+    """Adam's first step moves each weight with a gradient by the learning rate; with scale 0 no weight has one."""
+    rows = len(read_jsonl(settings.folder / "rated.jsonl"))
+    flags = settings(tmp_path / "run", num_epochs=1, batch_size=rows, policy_lr_scale=scale, reward_fn=None)
+    folder, start = run(flags | {"lr": 1e-2, "beta": 0.0}), AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    ilql = ilql_rlhf.load_ilql(str(folder / "model"))
+    [metrics] = lines(folder)
+    moved = [(x - y).abs().max().item() for x, y in zip(ilql.policy.parameters(), start.parameters(), strict=True)]
+    assert metrics["lr"] == 1e-2 and max(moved) == pytest.approx(1e-2 * scale, rel=1e-3)
+    assert ilql.heads["q"][0][2].bias.abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+
+
 def test_micro_batches_and_ranks_do_not_change_a_gradient(settings, tmp_path, on_two_ranks):
     """A last batch of 3 rows included, which two ranks share unevenly, and rows of unequal lengths."""
     rows = read_jsonl(settings.folder / "rated.jsonl")[:11]

@@ -86,13 +86,13 @@ BUGS = [
         "no position ids in the forward",
         "transformers then counts the left padding as positions: wrong for GPT-2 (the TL;DR reproduction, TRL)",
         "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient",
-        {'"position_ids": positions(attention_mask), ': ""},
+        {'"position_ids": positions, ': ""},
     ),
     Bug(
         "positions of the padding in sampling",
         "the same bug in the sampler alone: it is off the policy by the length of the padding",
         "test_generate_is_the_slow_loop[gpt2-1.0]",
-        {"positions(query_mask), decode_step": "positions(torch.ones_like(query_mask)), decode_step"},
+        {"(query_mask.long().cumsum(1) - 1)": "(torch.ones_like(query_mask).long().cumsum(1) - 1)"},
     ),
     Bug(
         "unused ids kept by the scorer",
@@ -214,14 +214,13 @@ BUGS = [
         "missing-EOS score subtracted",
         "TRL takes it off the score of a text that was cut, which may still be the best of all",
         "test_missing_eos_score[-7.0]",
-        {".where(counts, missing_eos_score or 0.0)":
-         ".where(counts, raw_scores + (missing_eos_score or 0.0))"},
+        {".where(judged, missing)": ".where(judged, raw_scores + missing)"},
     ),
     Bug(
         "replaced scores in the moments",
         "the running mean of scores then follows the share of rows without EOS",
         "test_scores_are_normalised_then_clipped_then_replaced",
-        {"normalise(raw_scores, counts, moments)": "normalise(raw_scores, torch.ones_like(has_eos), moments)"},
+        {"normalise(raw_scores, judged, moments)": "normalise(raw_scores, torch.ones_like(has_eos), moments)"},
     ),
     Bug(
         "adaptive KL from the local KL",
@@ -264,6 +263,36 @@ BUGS = [
         {"torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)": "rewards, values",
          "torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)":
          "deltas[:, t] + gamma * lam * advantage"},
+    ),
+    Bug(
+        "critic and reward model are one",
+        "the value loss then trains what gives the scores, which drift towards what the critic predicts",
+        "test_reward_model_scores_and_starts_the_critic",
+        {"critic = copy.deepcopy(reward_model)": "critic = reward_model"},
+    ),
+    Bug(
+        "schedule that no optimizer follows",
+        "the logged learning rate falls, the real one does not",
+        "test_metrics_are_the_documented_ones",
+        {'optimizer.param_groups[0]["lr"] = lr = ': "lr = "},
+    ),
+    Bug(
+        "ids beyond the tokenizer sampled",
+        "embedding rows that pad the vocabulary have logits too, and a random one is as good as any",
+        "test_ids_that_no_token_has_are_never_sampled_nor_scored",
+        {"(ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id)": "ids == tokenizer.pad_token_id"},
+    ),
+    Bug(
+        "one EOS of several",
+        "a model that ends its turns with another id runs on to the limit and is fined",
+        "test_each_eos_of_a_model_ends_a_response_and_stays_in_its_config",
+        {"args.stop_token, policy.config.eos_token_id)": "args.stop_token, None)"},
+    ),
+    Bug(
+        "k3 without its linear term",
+        "not an estimate of the KL at all, and nobody looks at it until k1 goes wrong",
+        "test_logged_means_are_the_exact_ones_within_sampling_error",
+        {"torch.exp(-log_ratio) - 1 + log_ratio": "torch.exp(-log_ratio) - 1"},
     ),
     Bug(
         "gamma and lam swapped",

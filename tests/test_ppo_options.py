@@ -2,12 +2,15 @@
 clipping, reward whitening, entropy bonus, asymmetric clip, ratio guard, early stop, stop tokens; and the logged KL."""
 
 import copy
+import json
 import math
+import shutil
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_config, write_jsonl
 from test_ppo_rlhf import normal
 from test_ppo_runs import (  # noqa: F401
     apart,
@@ -21,7 +24,14 @@ from test_ppo_runs import (  # noqa: F401
     watched,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 import ppo_rlhf
 from ppo_rlhf import ActorCritic, last_hidden, load_models, normalise, predicting, response_logits, score_head
@@ -348,17 +358,78 @@ def test_a_stop_token_that_melts_into_the_letter_before_it_is_refused():
     """Behind the letter that stands for a response, some tokenizers have one token for both: no id to wait for."""
 
     class Melting:
-        eos_token_id = 1
+        eos_token_id, pad_token_id, unk_token_id = 1, 0, None
 
         def __call__(self, text, add_special_tokens):
-            pieces = {"x": [5], "x.": [6], "x!?": [5, 7, 8], "x;": [9, 7]}
+            pieces = {"x": [5], "x.": [6], "x!?": [5, 7, 8], "x;": [9, 7], "x,": [5, 0]}
             return types.SimpleNamespace(input_ids=pieces[text])
 
-    assert ppo_rlhf.stop_token_ids(Melting(), "!?") == [7, 8, 1]
-    assert ppo_rlhf.stop_token_ids(Melting(), None) == [1]
-    for text in (".", ";", ""):
+    assert ppo_rlhf.stop_token_ids(Melting(), "!?", 1) == [1, 7, 8]
+    assert ppo_rlhf.stop_token_ids(Melting(), None, None) == [1]
+    assert ppo_rlhf.stop_token_ids(Melting(), None, [3, 1]) == [1, 3]
+    for text in (".", ";", "", ","):  # the last: an id that stands for what the vocabulary lacks
         with pytest.raises(UserError, match="--stop_token"):
-            ppo_rlhf.stop_token_ids(Melting(), text)
+            ppo_rlhf.stop_token_ids(Melting(), text, 1)
+
+
+def test_each_eos_of_a_model_ends_a_response_and_stays_in_its_config(settings, tmp_path, gpt2_folder):  # noqa: F811
+    shutil.copytree(gpt2_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, A]}))
+    (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    calls = recorded("response_mask", settings(tmp_path / "run", "letters", model=str(tmp_path / "model")))
+    [((responses, stop_ids, _), mask)] = calls
+    assert stop_ids.tolist() == [1, A]
+    last = responses.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    assert (last == A).any() and ((responses == A) & mask).sum() == (last == A).sum()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert saved.config.eos_token_id == saved.generation_config.eos_token_id == [1, A]
+
+
+def test_ids_that_no_token_has_are_never_sampled_nor_scored(settings, tmp_path, tokenizer):  # noqa: F811
+    policy = GPT2LMHeadModel(build_config("gpt2", tokenizer))
+    policy.resize_token_embeddings(40)
+    for part in (policy, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    calls = recorded("response_logits", settings(tmp_path / "run", model=str(tmp_path / "model")))
+    (_, input_ids, attention_mask, *_), logits = calls[0]
+    assert input_ids[attention_mask].max() < len(tokenizer) == 31
+    forbidden = torch.tensor([i == 0 or i >= 31 for i in range(40)])
+    assert (logits[..., forbidden] == -math.inf).all() and logits[..., ~forbidden].isfinite().all()
+
+
+def test_a_window_that_a_static_cache_confuses_is_refused(settings, tmp_path, tokenizer):  # noqa: F811
+    """GPT-Neo's local layers would sample from another distribution than the one that is trained."""
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    for window, length in ((23, 16), (24, 16)):
+        config = GPTNeoConfig(vocab_size=31, window_size=window, max_position_embeddings=64, **sizes)
+        GPTNeoForCausalLM(config).save_pretrained(tmp_path / str(window))
+        tokenizer.save_pretrained(tmp_path / str(window))
+    longest = 8  # of the prompts' tokens, --query_length
+    flags = settings(tmp_path / "run", model=str(tmp_path / "23"), dataset=long_prompt(tmp_path, longest))
+    with pytest.raises(UserError, match="--response_length: 24 positions"):
+        run(flags)
+    line = lines(run(flags | {"model": str(tmp_path / "24")}))[0]
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def long_prompt(tmp_path, length):
+    return write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * length}])
+
+
+def test_a_config_alone_gives_policy_and_critic_one_start(settings, tmp_path, gpt2_folder):  # noqa: F811
+    shutil.copytree(gpt2_folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = run(settings(tmp_path / "run", model=str(tmp_path / "config"), lr=0.0))
+    policy, critic = (weights(folder, part) for part in ("model", "critic"))
+    shared = [name for name in policy if name in critic]
+    assert len(shared) > 10 and all(torch.equal(policy[name], critic[name]) for name in shared)
+
+
+def test_explained_variance_of_nothing_is_nothing(settings, tmp_path):  # noqa: F811
+    """Every return is 1: there is no variance to explain, and a critic of 0 explains none."""
+    (tmp_path / "one.py").write_text("def one(prompts, responses, **columns):\n    return [1.0] * len(responses)\n")
+    line = lines(run(settings(tmp_path / "run", reward_fn=f"{tmp_path}/one.py:one", lam=1.0)))[0]
+    assert line["loss/value_avg"] == pytest.approx(0.5) and line["val/explained_var"] == 0.0
 
 
 def test_a_long_minimum_means_fixed_length(settings, tmp_path):  # noqa: F811

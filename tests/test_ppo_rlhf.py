@@ -8,8 +8,10 @@ import math
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
+import ppo_rlhf
 import utils
 from ppo_rlhf import (
     ActorCritic,
@@ -546,11 +548,8 @@ def test_actor_critic_does_not_see_padding(actor_critic):
 def ppo_loss(train_model, rows, num_tokens):
     """The loss of the script's `main` on some rows: both losses over real tokens, by their number over all ranks."""
     ids, attention, real, logprobs, values, advantages, returns = rows
-    new_logprobs, _, new_values = train_model(ids, attention, real.shape[1], 0.9, FORBIDDEN)
-    new_logprobs, logprobs = torch.where(real, new_logprobs, 0.0), torch.where(real, logprobs, 0.0)
-    pg_loss, _, _ = policy_loss(new_logprobs, logprobs, advantages, 0.2)
-    vf_loss, _ = value_loss(new_values, values, returns, 0.2)
-    return torch.where(real, pg_loss + 0.1 * vf_loss, 0.0).sum() / num_tokens
+    new = train_model(ids, attention, real.shape[1], 0.9, FORBIDDEN)
+    return ppo_rlhf.ppo_loss(*new, logprobs, values, advantages, returns, real, ppo_rlhf.Args())[0] / num_tokens
 
 
 def ppo_rows(actor_critic, pad_id=PAD):
@@ -706,6 +705,14 @@ def test_encode_prompt(tokenizer):
     assert encode_prompt(tokenizer, "||ab") == [1, 2, 3]
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{{ bos_token }}{% for m in messages %}U{{ m.content }}{% endfor %}A"
+    assert encode_prompt(chatty, [{"role": "user", "content": "ab"}]) == [1, 29, 2, 3, 30]
+    chatty.chat_template = "{{ bos_token }}{% for m in messages %}U{{ m.content }}{% endfor %}"
+    chatty.chat_template += "{% if add_generation_prompt %}A{% endif %}"
+    adding = processors.TemplateProcessing(single="| $A |", special_tokens=[("|", 1)])
+    chatty.backend_tokenizer.post_processor = adding  # BOS and EOS, as many tokenizers do by default
+    assert encode_prompt(chatty, "ab") == [1, 2, 3]
+    assert encode_prompt(chatty, "ab|") == [1, 2, 3, 1]  # an EOS that the user wrote
+    assert encode_prompt(chatty, "") == [1]
     assert encode_prompt(chatty, [{"role": "user", "content": "ab"}]) == [1, 29, 2, 3, 30]
 
 

@@ -184,6 +184,8 @@ def test_metrics_are_the_documented_ones(finished):
         assert all(math.isfinite(value) for value in line.values())
     assert [line["episode"] for line in metrics] == [16, 32, 48]
     assert [line["lr"] for line in metrics] == pytest.approx([3e-4, 2e-4, 1e-4])  # the last is lr / N, not 0
+    state = torch.load(finished / "checkpoints" / "step_000003.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)  # and the optimizer's own
 
 
 def test_identities_between_metrics(finished):
@@ -297,11 +299,20 @@ def test_resuming_what_cannot_be_resumed(finished, tmp_path):
 # What an update must keep
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_learning_rate_zero_changes_nothing(settings, tmp_path, gpt2_folder, precision):
+@pytest.mark.parametrize(("kind", "precision"), [("gpt2", "fp32"), ("llama", "fp32"), ("gpt2", "bf16")])
+def test_learning_rate_zero_changes_nothing(settings, tmp_path, monkeypatch, request, kind, precision):
     """Every later epoch and minibatch meets its own old log-probabilities, whatever rows it is batched with."""
+    model, furthest, original = request.getfixturevalue(f"{kind}_folder"), [], ppo_rlhf.policy_loss
+
+    def watching(*args):
+        answer = original(*args)
+        furthest.append((answer[1] - 1).abs().max().item())
+        return answer
+
+    monkeypatch.setattr(ppo_rlhf, "policy_loss", watching)
     sizes = {"num_epochs": 3, "num_minibatches": 2, "micro_batch_size": 4, "updates": 2}
-    folder = run(settings(tmp_path / "run", lr=0.0, precision=precision, save_every=2, **sizes))
+    folder = run(settings(tmp_path / "run", model=model, lr=0.0, precision=precision, save_every=2, **sizes))
+    assert len(furthest) == 24 and max(furthest) < (1e-5 if precision == "fp32" else 0.2)
     tolerance = 1e-6 if precision == "fp32" else 1e-2
     for line in lines(folder):
         assert line["val/ratio"] == pytest.approx(1, abs=tolerance)
@@ -309,7 +320,7 @@ def test_learning_rate_zero_changes_nothing(settings, tmp_path, gpt2_folder, pre
         assert line["policy/clipfrac_avg"] == 0 and line["val/clipfrac_avg"] == 0
         assert line["objective/kl"] == 0 and line["objective/non_score_reward"] == 0
         assert line["optim/grad_norm"] > 0.01
-    assert same_weights(weights(folder), AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict())
+    assert same_weights(weights(folder), AutoModelForCausalLM.from_pretrained(model).state_dict())
     saved = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
     assert saved.dtype == torch.float32
 
@@ -479,7 +490,14 @@ def test_reward_model_scores_and_starts_the_critic(settings, tmp_path, llama_fol
         assert row["score"] == pytest.approx(score, abs=1e-4)
     scores = [row["score"] for row in samples]
     assert max(scores) - min(scores) > 0.1
-    trained = run(settings(tmp_path / "trained", None, **flags | {"lr": 1e-3}))
+    trained = run(settings(tmp_path / "trained", None, **flags | {"lr": 1e-2, "updates": 2}))
+    second = [row for row in lines(trained, "samples.jsonl") if row["step"] == 2]
+    for row in second:  # the critic has learned by now, the reward model has not
+        ids = tokenizer(row["query"]).input_ids + tokenizer(row["response"]).input_ids
+        ids += [tokenizer.eos_token_id] * (len(row["response"]) < 16)
+        with torch.no_grad():
+            assert row["score"] == pytest.approx(start(torch.tensor([ids])).logits.item() - 0.75, abs=1e-4)
+    assert second
     assert not same_weights(weights(trained, "critic"), start.state_dict())
     assert not same_weights(weights(trained), AutoModelForCausalLM.from_pretrained(llama_folder).state_dict())
 
