@@ -199,9 +199,8 @@ def ilql_loss(
 
     losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
     losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
-    total = losses["q"] + losses["v"] + cql_weight * losses["cql"]
-    total = total + awac_weight * losses["awac"] if awac_weight else total  # 0 times an overflow would be NaN
-    return {"total": total, **losses}
+    more = sum(x * losses[name] for name, x in (("cql", cql_weight), ("awac", awac_weight)) if x)  # 0 * infinity is NaN
+    return {"total": losses["q"] + losses["v"] + more, **losses}
 
 
 def steer(logits, target_qs, vs, beta):
@@ -464,7 +463,8 @@ def main(args):
                 logits, qs, target_qs, vs = train_model(input_ids, attention_mask, states)
             next_vs = F.pad(vs[:, 1:], (0, 1))  # the next column is the next state in which the agent acts
             losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
-            (losses["total"] * ranks.world_size).backward()  # ranks average: times their number is the sum
+            total = losses["total"] + (0.0 if args.awac_weight else 0.0 * logits.sum())  # DDP wants each weight in it
+            (total * ranks.world_size).backward()  # ranks average: times their number is the sum
             target_q = torch.stack([q.gather(-1, actions[..., None]).squeeze(-1) for q in target_qs]).amin(0)
             means.add({f"loss/{name}": x * num_tokens / mask.sum() for name, x in losses.items()}, mask.sum())
             stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}

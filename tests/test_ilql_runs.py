@@ -228,6 +228,14 @@ def test_micro_batches_and_ranks_do_not_change_a_gradient(settings, tmp_path, on
         assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
 
 
+def test_two_ranks_without_a_loss_for_the_head(settings, tmp_path, on_two_ranks, llama_folder):
+    """An LM head of its own gets no gradient when awac_weight is 0, which ranks that average gradients must survive."""
+    flags = settings("", max_grad_norm=0.0, reward_fn=None, eval_samples=2, awac_weight=0.0, model=llama_folder)
+    whole = share(None, flags, 4, tmp_path / "one")
+    for one in on_two_ranks(share, flags, 2, str(tmp_path / "two")):
+        assert_same_gradients(one, whole)
+
+
 def evaluation(rank, flags, folder):
     """Metrics of a run's evaluation on rank 0 or 1 of two, or (None) of one."""
     with pytest.MonkeyPatch.context() as patch:

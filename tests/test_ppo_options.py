@@ -264,6 +264,16 @@ def test_a_step_of_exploded_ratio_or_gradient_is_skipped(settings, tmp_path, acc
     assert apart(with_accident[1][1], without[1][1]) < 1e-5  # the same second step: a skipped one changes nothing
 
 
+@pytest.mark.parametrize(("mean", "skipped"), [(9.9, 0), (10.1, 1)])
+def test_the_guard_is_at_a_mean_ratio_of_ten(settings, tmp_path, mean, skipped):  # noqa: F811
+    def set_ratio(call, answer):
+        loss, ratio, clipped = answer
+        return (loss, torch.full_like(ratio, mean), clipped) if call == 1 else answer
+
+    recorded("policy_loss", settings(tmp_path / "run", "letters", num_epochs=3), set_ratio)
+    assert lines(tmp_path / "run")[0]["optim/skipped"] == skipped
+
+
 def broken_on_rank_one(rank, flags):
     """The loss is NaN in the second step, on rank 1 alone. Returns what the run logged and the parameters' sum."""
     calls, original = [], ppo_rlhf.policy_loss
@@ -299,6 +309,16 @@ def test_early_stop(settings, tmp_path, limit, steps):  # noqa: F811
     folder = run(settings(tmp_path / "run", "letters", num_epochs=2, num_minibatches=2, lr=1e-3, early_stop_kl=limit))
     assert lines(folder)[0]["optim/steps"] == steps
     assert lines(folder)[0]["optim/skipped"] == (steps == 1)
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(0.99, 1), (1.01, 2)])
+def test_early_stop_is_at_its_limit(settings, tmp_path, factor, steps):  # noqa: F811
+    flags = {"num_epochs": 2, "lr": 1e-3}
+    both = lines(run(settings(tmp_path / "both", "letters", **flags)))[0][
+        "policy/approxkl_avg"
+    ]  # of steps 0 and x: x / 2
+    folder = run(settings(tmp_path / "run", "letters", **flags, early_stop_kl=2 * both * factor))
+    assert lines(folder)[0]["optim/steps"] == steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
