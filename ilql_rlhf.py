@@ -491,9 +491,8 @@ def main(args):
             run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", ilql, tokenizer)
-        flags = f"--beta {args.eval_betas[-1]:g}" + (f" --dataset {args.eval_dataset}" if args.eval_dataset else "")
         print(f"\nmodel folder  {run.folder}/model")
-        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags} --response_length {R}")
+        print(f"next          python benchmarks/evaluate.py --run {run.folder} --beta {args.eval_betas[-1]:g}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import GenerationConfig, StaticCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
 
 from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
 from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
@@ -98,7 +97,7 @@ class Args:
     entropy_coef: float = 0.0
     """reward, in the loss, of one nat of a token's entropy"""
     early_stop_kl: float | None = None
-    """an update ends, without further optimizer steps, where policy/approxkl_avg of a minibatch exceeds this; none: never"""
+    """an update ends before the step, not the first, whose minibatch has policy/approxkl_avg above this; none: never"""
     normalize_scores: bool = False
     """subtract the running mean of all scores so far and divide by their running standard deviation"""
     cliprange_score: float | None = None
@@ -125,14 +124,13 @@ def predicting(x, response_length):
     return x[:, -response_length - 1 : -1]
 
 
-def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
-    """Logits (B,R,V) that predict the response's tokens; -inf for forbidden ids. hidden: and the head's inputs (B,R,d)."""
-    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # of real tokens; padding gets one that nobody reads
-    inputs = {"attention_mask": attention_mask.long(), "position_ids": positions, "use_cache": False}
-    inputs |= {"logits_to_keep": response_length + 1, "output_hidden_states": hidden}
+def response_logits(policy, input_ids, attention_mask, response_length, forbidden):
+    """Logits (B,R,V) that predict the response's tokens, -inf for forbidden ids; and the head's inputs (B,R,d)."""
+    inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": response_length + 1, "use_cache": False}
+    inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": True}
     outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
-    logits = predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)
-    return (logits, predicting(outputs.hidden_states[-1], response_length)) if hidden else logits
+    logits, hidden = (predicting(x, response_length) for x in (outputs.logits, outputs.hidden_states[-1]))
+    return logits.masked_fill(forbidden, -math.inf), hidden
 
 
 def score_head(model, hidden):
@@ -160,26 +158,31 @@ def last_token_scores(model, input_ids, attention_mask):
 class ActorCritic(torch.nn.Module):
     """Policy and critic, of one trunk or of two, as one module: the loss goes through one wrapper's forward."""
 
-    def __init__(self, policy, critic):
+    def __init__(self, policy, critic, entropy_coef=1.0):
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.entropy_coef = policy, critic, entropy_coef
 
     def forward(self, input_ids, attention_mask, response_length, temperature, forbidden):
         """logprobs, entropy, values of the response's tokens, each (B,R)."""
-        inputs = (input_ids, attention_mask, response_length, forbidden)
-        if self.critic.base_model is self.policy.base_model:
-            logits, hidden = response_logits(self.policy, *inputs, hidden=True)
-        else:
-            logits = response_logits(self.policy, *inputs)
+        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden)
+        if self.critic.base_model is not self.policy.base_model:
             hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
         logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
-        return logprobs, entropy, score_head(self.critic, hidden)
+        return logprobs, entropy if self.entropy_coef else entropy.detach(), score_head(self.critic, hidden)
 
 
 def forbidden_ids(policy, tokenizer):
     """(V,) bool: pad, and ids that no token has; never sampled, and -inf for policy and reference alike."""
     ids = torch.arange(policy.config.vocab_size, device=policy.device)
     return (ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id)
+
+
+def first_above(p, target):
+    """First index (B,1) at which the cumulative sum of p (B,n) exceeds target (B,1), and the sum before. There p > 0."""
+    cumulative = p.cumsum(-1)
+    found = ((cumulative > target) | (cumulative == cumulative[:, -1:])) & (p > 0)
+    index = torch.where(found, 2.0, p).argmax(-1, keepdim=True)  # the first that was found
+    return index, (cumulative - p).gather(1, index)
 
 
 def sample_tokens(logits, uniforms, temperature, forbidden=None):
@@ -189,11 +192,11 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
-    cumulative = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    if tokens.is_cuda:  # a parallel cumsum may step down by a rounding error, and the search meet a probability of 0
-        tokens = torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))
-    return tokens.squeeze(1)
+    blocks = F.pad(probabilities, (0, -logits.shape[-1] % 64)).unflatten(-1, (-1, 64))  # one cumsum over V is slow
+    target = uniforms[:, None] * probabilities.sum(-1, keepdim=True)
+    block, before = first_above(blocks.sum(-1), target)
+    index, _ = first_above(blocks.gather(1, block[..., None].expand(-1, -1, 64)).squeeze(1), target - before)
+    return (64 * block + index).squeeze(1)
 
 
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
@@ -206,25 +209,31 @@ def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperat
 @torch.no_grad()
 def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, min_length=0,
              step=decode_step, cache=None):  # fmt: skip
-    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token
-    over a static cache of at least P + R slots. query_mask (B,P): real tokens. uniforms (B,R) in [0,1) are all the
-    randomness. A row is pad_id behind its first stop id at an index >= min_length. forbidden (V,): ids never sampled."""
-    (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
+    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token.
+    query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. A row is pad_id behind its first stop id at
+    an index >= min_length. cache: of at least P + R slots, in place (for CUDA graphs); none: one that drops ended rows."""
+    (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
     stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     responses, decode = torch.full((B, R), pad_id, device=device), decode_step  # which prefills; then comes `step`
+    rows = torch.arange(B, device=device)  # those that are still decoded
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
-    tokens, position_ids = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    tokens, positions = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
     for t in range(R):
-        inputs = (tokens, position_ids, key_mask, uniforms[:, t], temperature, forbidden)
+        inputs = (tokens, positions, key_mask, uniforms[rows, t], temperature, forbidden)
         tokens = decode(model, cache, *inputs).clone()
-        responses[:, t] = torch.where(ended, pad_id, tokens)
+        responses[rows, t] = torch.where(ended, pad_id, tokens)
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
-        if t % 8 == 7 and ended.all():  # asking the device costs a wait, so not at every token
-            break
         key_mask[:, P + t] = 1
-        tokens, position_ids, decode = tokens[:, None], position_ids[:, -1:] + 1, step
+        tokens, positions, decode = tokens[:, None], positions[:, -1:] + 1, step
+        alive = (~ended).nonzero().squeeze(1) if drops or t % 8 == 7 else rows  # asking a GPU costs a wait
+        if len(alive) == 0:
+            break
+        if drops and 1 < len(alive) <= len(rows) / 2:
+            rows, ended, key_mask, tokens, positions = (x[alive] for x in (rows, ended, key_mask, tokens, positions))
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[alive], layer.values[alive]
     return responses
 
 
@@ -254,17 +263,15 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def compute_gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, eq. 16): A_t = delta_t + gamma * lam *
-    A_{t+1} with delta_t = r_t + gamma * V_{t+1} - V_t; return_t = A_t + V_t. The state behind the last real token is
-    terminal and has value 0. All inputs (B,R); what stands behind the mask has no influence."""
+    """Generalised advantage estimates and returns (B,R) (Schulman et al. 2016, eq. 16): A_t = sum over k >= t of (gamma *
+    lam)^(k - t) * (r_k + gamma * V_{k+1} - V_k); return_t = A_t + V_t. V behind the last real token, a terminal state, is 0;
+    nothing else behind the mask has an influence. All inputs (B,R)."""
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    next_values = F.pad(values[:, 1:], (0, 1))
-    deltas = rewards + gamma * next_values - values
-    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        advantage = torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)
-        advantages[:, t] = advantage
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    steps = torch.arange(deltas.shape[1], device=deltas.device)
+    powers = torch.tril((gamma * lam) ** (steps[:, None] - steps).clamp(min=0).to(deltas))  # at (k,t): of k - t
+    advantages = deltas @ powers
+    return advantages, advantages + values
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
@@ -394,9 +401,8 @@ def call_reward_fn(function, rows, responses, device):
     """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
     scores, name = function([row["prompt"] for row in rows], responses, **columns), function.__name__
-    count = len(scores) if hasattr(scores, "__len__") else repr(scores)
-    if count != len(responses):
-        raise UserError(f"{name} returned {count} scores for {len(responses)} responses")
+    if not hasattr(scores, "__len__") or len(scores) != len(responses):
+        raise UserError(f"{name} returned {scores!r} for {len(responses)} responses, not one number for each")
     for score, response in zip(scores, responses):
         if not hasattr(score, "__float__") or not math.isfinite(score):
             raise UserError(f"{name} returned {score!r} for the response {response!r}")
@@ -419,14 +425,6 @@ def check_flags(args):
         raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
 
 
-def bf16_copy(policy):
-    """What sampling reads in bf16: parameters in storage that never moves; buffers (rotary frequencies) stay fp32."""
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in sampler.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return sampler
-
-
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, critic, reward_model). The critic starts as the reward model, else with a zero head."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
@@ -445,7 +443,7 @@ def load_models(args, tokenizer, num_positions, device):
         model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    policy.generation_config = GenerationConfig.from_model_config(policy.config)
+    policy.generation_config = type(policy.generation_config).from_model_config(policy.config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
         setattr(critic, critic.base_model_prefix, policy.base_model)
@@ -467,26 +465,31 @@ def main(args):
         call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
     ranks = init_ranks()
-    device, mode = ranks.device, "reduce-overhead" if torch.cuda.is_available() else None
+    device, graphs = ranks.device, {"triton.cudagraphs": torch.cuda.is_available()}
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
-    actor_critic = ActorCritic(policy, critic)
+    actor_critic = ActorCritic(policy, critic, args.entropy_coef)
     train_model = wrap(actor_critic, ranks, args.compile)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    sampler = policy if args.precision == "fp32" else bf16_copy(policy)
-    step = torch.compile(decode_step, fullgraph=True, mode=mode) if args.compile else decode_step
+    sampler = policy if args.precision == "fp32" else copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters() if sampler is not policy else ():  # buffers (rotary frequencies) stay fp32
+        parameter.data = parameter.data.bfloat16()  # in storage that never moves
+    graphs["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the modules stay what they are
+    step = torch.compile(decode_step, fullgraph=True, options=graphs) if args.compile else decode_step
+    for model in (reference, *filter(None, [reward_model and reward_model.base_model])) if args.compile else ():
+        model.compile()
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
     forbidden, pad_id = forbidden_ids(policy, tokenizer), tokenizer.pad_token_id
     sampling = {"forbidden": forbidden, "min_length": args.min_length, "step": step}
-    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R)
+    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R) if device.type == "cuda" else None
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
-    missing = 0.0 if args.missing_eos_score == "none" else args.missing_eos_score
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
-    shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg", "eps"]
+    shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg"]
+    shown += ["val/explained_var", "optim/skipped"]
     if args.resume:
         state = run.load_checkpoint()
         actor_critic.load_state_dict(state["model"])
@@ -509,7 +512,7 @@ def main(args):
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
-                ref_logits = response_logits(reference, ids, attention, R, forbidden)
+                ref_logits, _ = response_logits(reference, ids, attention, R, forbidden)
                 ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
                 scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
             parts.append((logprobs, values, ref_logprobs, scores))
@@ -517,10 +520,10 @@ def main(args):
         rows = [prompts[i][1] for i in order]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores
-        has_eos = (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
-        judged = has_eos | (args.missing_eos_score == "none")  # the rows that keep their own score
+        missing, has_eos = args.missing_eos_score, (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
+        judged = has_eos | (missing == "none")  # the rows that keep their own score
         scores, moments = normalise(raw_scores, judged, moments) if args.normalize_scores else (raw_scores, moments)
-        scores = scores.clamp(-cap, cap).where(judged, missing)
+        scores = scores.clamp(-cap, cap).where(judged, 0.0 if missing == "none" else missing)
         rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
         scored, steps = clock(device), 0
 
@@ -548,16 +551,16 @@ def main(args):
                 checks.add(stats, old[-1])
             grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
             checks.add({"optim/grad_norm": grad_norm})
-            sums, check = dict(checks), checks.reduce()  # check: of all ranks, so all of them go on, skip or stop
+            own, check = dict(checks), checks.reduce()  # sums of this rank; means of all, so all go on, skip or stop
             if args.early_stop_kl and steps and check["policy/approxkl_avg"] > args.early_stop_kl:
                 break
-            if check["val/ratio"] <= 10 and math.isfinite(check["optim/grad_norm"]):
+            if 0.1 <= check["val/ratio"] <= 10 and math.isfinite(check["optim/grad_norm"]):
                 optimizer.step()
-                means.update({name: means.get(name, 0) + x for name, x in sums.items()})
+                means.update({name: means.get(name, 0) + x for name, x in own.items()})
                 steps += 1
         updated = clock(device)
         if steps == 0:
-            raise UserError(f"update {update}: no finite gradient, or a ratio above 10; lower --lr or see the scores")
+            raise UserError(f"update {update}: no finite gradient, or no ratio in 0.1 .. 10: lower --lr or see scores")
 
         # log
         log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
@@ -578,7 +581,7 @@ def main(args):
         metrics["eps"] = args.batch_size / (updated - started)
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
-        run.log(update, metrics, show=[*shown, *(key for key in metrics if key.startswith("monitor/"))])
+        run.log(update, metrics, show=[*shown, *(name for name in metrics if name.startswith("monitor/"))])
         if ranks.rank == 0 and (update % 10 == 0 or update in (1, num_updates)):
             samples = {"query": [row["prompt"] for row in rows], "response": texts}
             run.show_samples(update, {"score": scores.tolist(), "kl": kl.tolist(), **samples})
@@ -588,12 +591,7 @@ def main(args):
     if ranks.rank == 0:
         save_pretrained(run.folder / "critic", critic, tokenizer)
         save_pretrained(run.folder / "model", policy, tokenizer)
-        print(f"\nmodel folder  {run.folder}/model")
-        flags = f"--ref_model {args.model}" + (f" --stop_token {args.stop_token!r}" if args.stop_token else "")
-        for name in ("dataset", "query_length", "response_length", "min_length", "temperature", "precision"):
-            flags += f" --{name} {getattr(args, name)}"
-        flags += f" --reward_models {args.reward_model}" if args.reward_model else f" --reward_fns {args.reward_fn}"
-        print(f"next          python benchmarks/evaluate.py --model {run.folder}/model {flags}")
+        print(f"\nmodel folder  {run.folder}/model\nnext          python benchmarks/evaluate.py --run {run.folder}")
 
 
 if __name__ == "__main__":

@@ -133,12 +133,13 @@ def load_rows(path, columns):
     except Exception as error:  # the library raises many kinds; the first line of each says what happened
         raise UserError(f"{path}: cannot be read as a data set: {type(error).__name__}: {error}") from error
     if not any(set(group) <= set(rows.column_names) for group in columns):
-        wanted = " or ".join(map("+".join, columns))
-        raise UserError(f"{path}: needs the columns {wanted}; it has {', '.join(rows.column_names)}")
+        raise UserError(f"{path}: needs {' or '.join(map('+'.join, columns))}; it has {', '.join(rows.column_names)}")
     for name in sorted(set().union(*columns) & set(rows.column_names)):
         for number, cell in enumerate(rows[name], start=1):
-            if not isinstance(cell, (str, list)):
-                raise UserError(f"{path}: row {number}: {name} is {cell!r}, neither a text nor a list of messages")
+            turns = [x if isinstance(x, dict) else {} for x in cell] if isinstance(cell, list) else []
+            broken = any(not x.get("role") or (x.get("tool_calls") or x.get("content")) is None for x in turns)
+            if broken or not isinstance(cell, (str, list)):
+                raise UserError(f"{path}: row {number}: {name} is {cell!r}, not a text or messages of role and content")
     return rows
 
 
@@ -264,8 +265,7 @@ class Run:
     def show_samples(self, step, columns):
         """The first rows of {name: numbers or texts} into samples.jsonl, and four of them as a small table."""
         self.append("samples.jsonl", [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())][:16])
-        tqdm.write(" | ".join(columns))
-        for row in zip(*(column[:4] for column in columns.values())):
+        for row in (columns, *zip(*(column[:4] for column in columns.values()))):
             tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(str(x).split())[-70:] for x in row))
 
     def append(self, name, rows):

@@ -11,8 +11,9 @@
                   kl too; temperature divides the logits of pi_beta before they are shifted, and those of the reference
     5. pairs      with --pairs: how often each reward model prefers the chosen response; a tie counts half
 
+    python benchmarks/evaluate.py --run runs/ppo_rlhf__1__1700000000 --best_of_n 4 16 --greedy --output ppo.json
     python benchmarks/evaluate.py --model runs/ppo_rlhf__1__1700000000/model --ref_model runs/sft__1__1700000000/model \
-        --reward_fns tasks/randomwalks.py:reward --best_of_n 4 16 --greedy --output ppo.json
+        --reward_fns tasks/randomwalks.py:reward
     python benchmarks/evaluate.py --reward_models runs/reward_model__1__1700000000/model \
         --pairs data/randomwalks/preferences_test.jsonl
 
@@ -28,11 +29,12 @@ score, response k is the best with probability C(k-1, n-1) / C(m, n). `kl_bound`
 best-of-n can differ from the sampled policy (Stiennon et al. 2020; a bound by Beirami et al. 2024).
 """
 
+import copy
 import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +46,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are 
 
 from ilql_rlhf import generate_steered, load_ilql
 from ppo_rlhf import (
-    bf16_copy,
     call_reward_fn,
     encode_prompts,
     forbidden_ids,
@@ -77,6 +78,9 @@ CLEAR_MARGIN = 0.5  # rows of --pairs with at least this margin are also counted
 
 @dataclass
 class Args:
+    run: str | None = None
+    """a run folder of ppo_rlhf.py or ilql_rlhf.py: whatever is left at its default here is as it was in that run, the
+    policy its model, the reference what it started from; none: all as given"""
     model: str | None = None
     """the policy: a folder or a Hub name; may be left out with --pairs, then only accuracies are reported"""
     ref_model: str | None = None
@@ -261,14 +265,14 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
             scores = {key: scorer(rows, texts, input_ids, attention_mask).tolist() for key, scorer in scorers.items()}
             if reference is not None:
-                ref_logits = response_logits(reference, input_ids, attention_mask, R, ref_forbidden)
+                ref_logits, _ = response_logits(reference, input_ids, attention_mask, R, ref_forbidden)
                 nll = -token_logprobs(ref_logits, responses, 1.0)[0]
                 columns["nll"] = torch.where(mask, nll, 0.0).sum(1).tolist()
             if reference is not None and temperature > 0:
                 if is_steered:  # the temperature is inside already
                     logits = policy.response_logits(input_ids, attention_mask, R, forbidden, temperature)
                 else:
-                    logits = response_logits(policy, input_ids, attention_mask, R, forbidden)
+                    logits, _ = response_logits(policy, input_ids, attention_mask, R, forbidden)
                 logprobs, _ = token_logprobs(logits, responses, 1.0 if is_steered else temperature)
                 ref_logprobs, _ = token_logprobs(ref_logits, responses, temperature)
                 columns["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).tolist()
@@ -373,6 +377,26 @@ def write_whole(path, text):
     os.rename(f"{path}.tmp", path)
 
 
+def from_run(args):
+    """The arguments with what stands at its default taken from args.json of --run."""
+    path = Path(args.run, "args.json")
+    if not path.is_file() or not Path(args.run, "model").is_dir():
+        raise UserError(
+            f"--run {args.run}: {'not finished: no model in it' if path.is_file() else 'no args.json in it'}"
+        )
+    saved = json.loads(path.read_text())["args"]
+    names = ("dataset", "query_length", "response_length", "min_length", "stop_token", "temperature", "precision")
+    taken = {name: saved[name] for name in names if name in saved}
+    start = Path(saved["model"])  # a config alone is no reference: its random weights would be others
+    has_weights = not start.is_dir() or any(start.glob("*.safetensors*")) or any(start.glob("*.bin*"))
+    taken |= {"model": f"{args.run}/model", "ref_model": str(start) if has_weights else None}
+    taken |= {f"{name}s": (saved[name],) for name in ("reward_model", "reward_fn") if saved.get(name)}
+    if saved.get("eval_dataset"):  # ILQL's --dataset is what it learned from
+        taken["dataset"] = saved["eval_dataset"]
+    defaults = asdict(Args())
+    return replace(args, **{name: x for name, x in taken.items() if getattr(args, name) == defaults[name]})
+
+
 def check_args(args):
     """Refuse what can be refused before anything is loaded."""
     for flag in ("num_samples", "response_length", "query_length", "batch_size"):
@@ -406,6 +430,7 @@ def check_args(args):
 
 
 def main(args):
+    args = from_run(args) if args.run else args
     check_args(args)
     functions = [load_function(spec, "--reward_fns") for spec in args.reward_fns]
     names = [run_name(path) for path in args.reward_models] + [function.__name__ for function in functions]
@@ -440,7 +465,11 @@ def main(args):
             reference, ref_forbidden = load_policy(args.ref_model, "--ref_model", tokenizer, device)
         if args.beta is not None:
             policy = SteeredPolicy(args.model, args.beta, device)
-        sampler = bf16_copy(policy) if args.precision == "bf16" and args.beta is None else policy
+        sampler = policy
+        if args.precision == "bf16" and args.beta is None:  # weights in bf16, buffers (rotary frequencies) in fp32
+            sampler = copy.deepcopy(policy)
+            for parameter in sampler.parameters():
+                parameter.data = parameter.data.bfloat16()
         policies = (sampler, policy, forbidden, reference, ref_forbidden)
         scorers = {}
         for path, name in zip(args.reward_models, model_names, strict=True):

@@ -25,7 +25,7 @@ from transformers import (
 import ilql_rlhf
 from benchmarks import comparison, curves, evaluate
 from conftest import write_jsonl
-from utils import launch, load_pretrained
+from utils import UserError, launch, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcd"
@@ -336,12 +336,24 @@ def test_the_command_that_ppo_prints_evaluates_what_was_trained(settings, tmp_pa
     run(flags)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
     python, script, *words = shlex.split(line.removeprefix("next "))
-    args = tyro.cli(evaluate.Args, args=words, use_underscores=True)
     assert (python, script) == ("python", "benchmarks/evaluate.py")
+    args = evaluate.from_run(tyro.cli(evaluate.Args, args=words, use_underscores=True))
     assert args.model == f"{tmp_path}/run/model" and args.ref_model == flags["model"]
     assert args.reward_fns == (flags["reward_fn"],) and args.reward_models == ()
     for name in ("dataset", "query_length", "response_length", "temperature", "stop_token", "min_length", "precision"):
         assert getattr(args, name) == flags[name]
+    given = evaluate.from_run(evaluate.Args(run=str(tmp_path / "run"), temperature=0.5, ref_model="other"))
+    assert (given.temperature, given.ref_model, given.stop_token) == (0.5, "other", "a b")  # what is given wins
+    evaluate.main(evaluate.Args(run=str(tmp_path / "run"), num_samples=8))
+    assert "kl" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_evaluated(tmp_path):
+    with pytest.raises(UserError, match="no args.json"):
+        evaluate.main(evaluate.Args(run=str(tmp_path)))
+    (tmp_path / "args.json").write_text("{}")
+    with pytest.raises(UserError, match="not finished"):
+        evaluate.main(evaluate.Args(run=str(tmp_path)))
 
 
 def test_greedy_is_temperature_zero_and_deterministic(world, tmp_path):
@@ -435,7 +447,7 @@ def test_names_of_scorers(world, tmp_path):
         ({"model": "{policy}", "output": "{prompts}"}, "exists already"),
         ({"model": "{policy}", "samples": "{prompts}"}, "exists already"),
         ({"pairs": "{pairs}"}, "needs --reward_models"),
-        ({"pairs": "{prompts}", "reward_models": ("{judge}",)}, "needs the columns chosen+rejected"),
+        ({"pairs": "{prompts}", "reward_models": ("{judge}",)}, "needs chosen+rejected"),
         ({"pairs": "{pairs}", "reward_models": ("{judge}",), "greedy": True}, "need a policy"),
         ({"pairs": "{pairs}", "reward_models": ("{judge}",), "max_length": 1}, "no pair is left"),
     ],

@@ -86,7 +86,7 @@ BUGS = [
         "no position ids in the forward",
         "transformers then counts the left padding as positions: wrong for GPT-2 (the TL;DR reproduction, TRL)",
         "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient",
-        {'"position_ids": positions, ': ""},
+        {'inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), ': "inputs |= {"},
     ),
     Bug(
         "positions of the padding in sampling",
@@ -98,8 +98,7 @@ BUGS = [
         "unused ids kept by the scorer",
         "the sampler masks ids that policy and reference give probability: two supports, a biased ratio and KL",
         "test_the_reference_starts_at_no_distance test_actor_critic_against_rows_without_padding",
-        {"predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)":
-         "predicting(outputs.logits, response_length)"},
+        {"logits.masked_fill(forbidden, -math.inf), hidden": "logits, hidden"},
     ),
     Bug(
         "log-softmax in bf16",
@@ -139,6 +138,24 @@ BUGS = [
         {"probabilities = torch.softmax(logits / temperature, dim=-1)":
          "kept = logits >= logits.topk(6).values[:, -1:]\n"
          "    probabilities = torch.softmax(logits.masked_fill(~kept, -math.inf) / temperature, dim=-1)"},
+    ),
+    Bug(
+        "a block's offset forgotten",
+        "a cumulative sum in two levels must take off what the blocks before have used up",
+        "test_sample_is_the_inverse_cdf[1.0-200]",
+        {"squeeze(1), target - before)": "squeeze(1), target)"},
+    ),
+    Bug(
+        "another row's cache",
+        "when ended rows are dropped, keys and values of the others must move with them",
+        "test_dropping_ended_rows_changes_nothing",
+        {"layer.keys[alive], layer.values[alive]": "layer.keys[: len(alive)], layer.values[: len(alive)]"},
+    ),
+    Bug(
+        "another row's noise",
+        "when ended rows are dropped, each row keeps its own uniforms",
+        "test_dropping_ended_rows_changes_nothing",
+        {"uniforms[rows, t]": "uniforms[: len(rows), t]"},
     ),
     Bug(
         "the same noise in every update",
@@ -214,7 +231,7 @@ BUGS = [
         "missing-EOS score subtracted",
         "TRL takes it off the score of a text that was cut, which may still be the best of all",
         "test_missing_eos_score[-7.0]",
-        {".where(judged, missing)": ".where(judged, raw_scores + missing)"},
+        {'0.0 if missing == "none" else missing': "raw_scores + missing"},
     ),
     Bug(
         "replaced scores in the moments",
@@ -254,15 +271,19 @@ BUGS = [
         "bootstrap from behind the EOS",
         "the critic's value at a pad enters the last real token's advantage",
         "test_gae_is_the_weighted_mean_of_k_step_estimates test_first_value_loss_of_a_reward_model",
-        {"torch.where(mask, values, 0.0)\n    next_values": "values\n    next_values"},
+        {"torch.where(mask, values, 0.0)\n    deltas": "values\n    deltas"},
     ),
     Bug(
         "GAE runs on across the padding",
         "what stands behind the EOS leaks backwards through the recursion",
         "test_gae_is_the_weighted_mean_of_k_step_estimates test_gae_ignores_what_is_behind_the_mask",
-        {"torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)": "rewards, values",
-         "torch.where(mask[:, t], deltas[:, t] + gamma * lam * advantage, 0.0)":
-         "deltas[:, t] + gamma * lam * advantage"},
+        {"torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)": "rewards, values"},
+    ),
+    Bug(
+        "GAE looks back",
+        "a sum over all steps instead of those to come credits a token with what came before it",
+        "test_gae_is_the_weighted_mean_of_k_step_estimates",
+        {"torch.tril((gamma * lam)": "((gamma * lam)"},
     ),
     Bug(
         "critic and reward model are one",
@@ -380,6 +401,12 @@ BUGS = [
         "ranks that look at their own ratio disagree on whether to step, and part for good",
         "test_a_ratio_that_explodes_on_one_rank_stops_both",
         {"dict(checks), checks.reduce()": "dict(checks), {name: (x[0] / x[1]).item() for name, x in checks.items()}"},
+    ),
+    Bug(
+        "ratio guard from above alone",
+        "a policy to which its own samples have become impossible takes another step",
+        "test_the_guard_is_at_a_mean_ratio_of_ten[0.09-1]",
+        {'0.1 <= check["val/ratio"] <= 10': 'check["val/ratio"] <= 10'},
     ),
     # ---- Resuming
     Bug(

@@ -323,11 +323,12 @@ def inverse_cdf(logits, u, temperature, forbidden=None):
     return next(i for i in range(len(logits)) if cumulative[i] > threshold)
 
 
+@pytest.mark.parametrize("vocabulary", [13, 64, 200])  # less than a block, one block, three and a part
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
-def test_sample_is_the_inverse_cdf(temperature):
-    logits, u = 2 * normal(200, 13, dtype=torch.float32), uniform(200)
+def test_sample_is_the_inverse_cdf(temperature, vocabulary):
+    logits, u = 2 * normal(200, vocabulary, dtype=torch.float32), uniform(200)
     u[:3], u[3:6] = 0.0, BIGGEST
-    forbidden = torch.arange(13) % 5 == 4
+    forbidden = torch.arange(vocabulary) % 5 == 4
     for banned in (None, forbidden):
         tokens = sample_tokens(logits, u, temperature, banned)
         assert tokens.shape == (200,) and tokens.dtype == torch.int64
@@ -453,6 +454,24 @@ def test_stopping_early_changes_nothing(policy):
     assert 0 < len(steps) < 29 and short.shape == (4, 30)
     full = sample(policy, QUERIES, uniforms, stop_ids=[99])
     assert torch.equal(short, full.masked_fill(~response_mask(full, stop_ids), PAD))
+
+
+def test_dropping_ended_rows_changes_nothing(policy):
+    """A cache of its own loses rows as they end, a given one keeps all: the same tokens, whoever of the four ends first."""
+    stop_ids, fewest = [EOS, *range(2, 8)], []
+    for seed in range(6):
+        uniforms, counts = uniform(4, 30, seed=20 + seed), []
+
+        def counted(model, cache, tokens, *inputs, counts=counts):
+            counts.append((len(tokens), len(cache.layers[0].keys)))
+            return decode_step(model, cache, tokens, *inputs)
+
+        dropping = sample(policy, QUERIES, uniforms, stop_ids=stop_ids, step=counted)
+        whole = StaticCache(config=policy.config, max_cache_len=7 + 30)
+        assert torch.equal(dropping, sample(policy, QUERIES, uniforms, stop_ids=stop_ids, cache=whole))
+        assert all(tokens == cached for tokens, cached in counts)
+        fewest.append(counts[-1][0])
+    assert min(fewest) == 2 and len(whole.layers[0].keys) == 4
 
 
 def test_response_of_one_token(policy):
@@ -586,7 +605,7 @@ def test_the_reference_starts_at_no_distance(actor_critic):
     input_ids, attention_mask, mask = batch_of()
     reference = copy.deepcopy(actor_critic.policy)
     logprobs, _, _ = actor_critic(input_ids, attention_mask, 5, 0.7, FORBIDDEN)
-    ref_logits = response_logits(reference, input_ids, attention_mask, 5, FORBIDDEN)
+    ref_logits, _ = response_logits(reference, input_ids, attention_mask, 5, FORBIDDEN)
     assert (ref_logits[..., PAD] == -INF).all() and ref_logits[..., 1:].isfinite().all()  # one support for all
     ref_logprobs, _ = token_logprobs(ref_logits, input_ids[:, -5:], 0.7)
     assert torch.equal(logprobs[mask], ref_logprobs[mask])

@@ -340,16 +340,18 @@ def test_first_loss_of_a_zero_critic(settings, tmp_path):
     assert len({row["score"] for row in samples}) > 1
 
 
-def test_first_step_is_the_policy_gradient(settings, tmp_path, gpt2_folder):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_first_step_is_the_policy_gradient(settings, tmp_path, request, kind):
     """The gradient of the first step worked out row by row, without padding, batches or any function of the script.
 
     V = 0 and KL = 0, so A_t = (gamma * lam)^(n - 1 - t) * score for n tokens; then whitened; at ratio 1 the loss is
     -A * logprob, and of the critic's weights the zero head alone can move.
     """
     sizes = {"gamma": 0.9, "lam": 0.8, "temperature": 0.7, "vf_coef": 0.3, "max_grad_norm": 0.0, "micro_batch_size": 5}
-    [(gradients, _)] = watched(None, settings(tmp_path / "run", "letters", **sizes))
-    policy = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
-    tokenizer, forbidden = AutoTokenizer.from_pretrained(gpt2_folder), torch.arange(31) == 0
+    model = request.getfixturevalue(f"{kind}_folder")
+    [(gradients, _)] = watched(None, settings(tmp_path / "run", "letters", model=model, **sizes))
+    policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer, forbidden = AutoTokenizer.from_pretrained(model), torch.arange(31) == 0
     logprobs, advantages, hidden = [], [], []
     for row in lines(tmp_path / "run", "samples.jsonl"):
         query, response = tokenizer(row["query"]).input_ids, tokenizer(row["response"]).input_ids
@@ -357,7 +359,7 @@ def test_first_step_is_the_policy_gradient(settings, tmp_path, gpt2_folder):
         ids, n = torch.tensor([query + response]), len(response)
         logits = policy(ids).logits[0, -n - 1 : -1].masked_fill(forbidden, -math.inf)
         logprobs.append(torch.log_softmax(logits / 0.7, -1)[range(n), response])
-        hidden.append(policy.transformer(ids).last_hidden_state[0, -n - 1 : -1].detach())
+        hidden.append(policy.base_model(ids).last_hidden_state[0, -n - 1 : -1].detach())
         advantages.append(torch.tensor([0.72 ** (n - 1 - t) * row["score"] for t in range(n)]))
     logprobs, advantages, hidden = map(torch.cat, (logprobs, advantages, hidden))
     whitened = (advantages - advantages.mean()) / advantages.std(correction=0)
@@ -402,9 +404,11 @@ def apart(first, second):
     return max(d / max(norm, 1e-3 * max(norms)) for d, norm in zip(differences, norms, strict=True))
 
 
-def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on_two_ranks):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on_two_ranks, request, kind):
     """Rows of unequal length in two epochs of two minibatches, dealt out in three ways."""
-    flags = {"num_epochs": 2, "num_minibatches": 2, "max_grad_norm": 0.0, "lr": 1e-2}
+    model = request.getfixturevalue(f"{kind}_folder")
+    flags = {"num_epochs": 2, "num_minibatches": 2, "max_grad_norm": 0.0, "lr": 1e-2, "model": model}
     whole = watched(None, settings(tmp_path / "whole", **flags))
     small = watched(None, settings(tmp_path / "small", **flags, micro_batch_size=2))
     first, second = on_two_ranks(watched, settings(tmp_path / "ranks", **flags, micro_batch_size=3))
@@ -423,9 +427,11 @@ def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on
         assert (mine["query"], mine["response"]) == (theirs["query"], theirs["response"])
 
 
-def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks, request, kind):
     """Every metric of a line is the same claim, however the work is cut."""
-    flags = {"monitor_fn": f"{settings.folder / 'rewards.py'}:letters", "missing_eos_score": -1.0}
+    flags = {"model": request.getfixturevalue(f"{kind}_folder")}
+    flags |= {"monitor_fn": f"{settings.folder / 'rewards.py'}:letters", "missing_eos_score": -1.0}
     run(settings(tmp_path / "whole", **flags))
     run(settings(tmp_path / "small", **flags, micro_batch_size=2))
     assert on_two_ranks(run_on_rank, settings(tmp_path / "ranks", **flags, micro_batch_size=5)) == [None, None]
@@ -586,6 +592,12 @@ def test_refused_data(refused, settings, tmp_path):
         ([], [path, "empty"]),
         ([{"prompt": "abcdefghi"}] * 3, [path, "--query_length", "8"]),
         ([{"prompt": "abc"}, {"prompt": ""}], [path, "row 2"]),
+        ([{"prompt": [{"role": "user", "contents": "abc"}]}], [path, "row 1", "role and content"]),
+        (
+            [{"prompt": [{"role": "user", word: "a"}]} for word in ("content", "contents")],
+            [path, "row 2", "role and content"],
+        ),
+        ([{"prompt": ["a", "b"]}], [path, "row 1", "role and content"]),
     ]:
         refused(settings(tmp_path / "run", dataset=write_jsonl(path, rows)), *fragments)
 
@@ -601,7 +613,7 @@ def test_refused_reward_functions(refused, settings, tmp_path):
     path = settings.folder / "rewards.py"
     refused(settings(tmp_path / "run", "no_such_name"), "--reward_fn", path, "no_such_name")
     refused(settings(tmp_path / "run", "constant"), "--reward_fn", path, "constant")
-    for name, fragments in [("too_few", ["1 scores for 2"]), ("not_a_number", ["nan"])]:
+    for name, fragments in [("too_few", ["too_few", "for 2 responses"]), ("not_a_number", ["nan"])]:
         refused(settings(tmp_path / "run", name), name, *fragments)
 
 
