@@ -97,7 +97,7 @@ class Args:
     entropy_coef: float = 0.0
     """reward, in the loss, of one nat of a token's entropy"""
     early_stop_kl: float | None = None
-    """an update ends before the step, not the first, whose minibatch has policy/approxkl_avg above this; none: never"""
+    """an update ends before a step (never its first) whose minibatch has policy/approxkl_avg above this; none: never"""
     normalize_scores: bool = False
     """subtract the running mean of all scores so far and divide by their running standard deviation"""
     cliprange_score: float | None = None
@@ -109,7 +109,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"
     """what forwards, backwards and sampling compute in; weights and optimizer, softmax and scalar head stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the training forward and the decoding step"""
+    """torch.compile every forward and the decoding step"""
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: none"""
     resume: str | None = None
@@ -124,13 +124,13 @@ def predicting(x, response_length):
     return x[:, -response_length - 1 : -1]
 
 
-def response_logits(policy, input_ids, attention_mask, response_length, forbidden):
-    """Logits (B,R,V) that predict the response's tokens, -inf for forbidden ids; and the head's inputs (B,R,d)."""
+def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
+    """Logits (B,R,V) that predict the response's tokens, -inf for forbidden ids; and, if asked, the head's inputs (B,R,d)."""
     inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": response_length + 1, "use_cache": False}
-    inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": True}
+    inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": hidden}
     outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
-    logits, hidden = (predicting(x, response_length) for x in (outputs.logits, outputs.hidden_states[-1]))
-    return logits.masked_fill(forbidden, -math.inf), hidden
+    hidden = predicting(outputs.hidden_states[-1], response_length) if hidden else None
+    return predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf), hidden
 
 
 def score_head(model, hidden):
@@ -156,18 +156,22 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class ActorCritic(torch.nn.Module):
-    """Policy and critic, of one trunk or of two, as one module: the loss goes through one wrapper's forward."""
+    """Policy and critic, of one trunk or of two, as one module: the loss goes through one wrapper's forward. Without a
+    critic, as the reference, it gives log-probabilities alone."""
 
     def __init__(self, policy, critic, entropy_coef=1.0):
         super().__init__()
         self.policy, self.critic, self.entropy_coef = policy, critic, entropy_coef
 
     def forward(self, input_ids, attention_mask, response_length, temperature, forbidden):
-        """logprobs, entropy, values of the response's tokens, each (B,R)."""
-        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden)
-        if self.critic.base_model is not self.policy.base_model:
-            hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
+        """logprobs, entropy, values of the response's tokens, each (B,R); without a critic logprobs, the tensor, alone."""
+        shared = self.critic is not None and self.critic.base_model is self.policy.base_model
+        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden, shared)
         logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
+        if self.critic is None:
+            return logprobs
+        if not shared:
+            hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
         return logprobs, entropy if self.entropy_coef else entropy.detach(), score_head(self.critic, hidden)
 
 
@@ -181,7 +185,7 @@ def first_above(p, target):
     """First index (B,1) at which the cumulative sum of p (B,n) exceeds target (B,1), and the sum before. There p > 0."""
     cumulative = p.cumsum(-1)
     found = ((cumulative > target) | (cumulative == cumulative[:, -1:])) & (p > 0)
-    index = torch.where(found, 2.0, p).argmax(-1, keepdim=True)  # the first that was found
+    index = torch.where(found, 2.0, p).argmax(-1, keepdim=True)  # the first found; if rounding left none, the likeliest
     return index, (cumulative - p).gather(1, index)
 
 
@@ -227,13 +231,12 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
         key_mask[:, P + t] = 1
         tokens, positions, decode = tokens[:, None], positions[:, -1:] + 1, step
-        alive = (~ended).nonzero().squeeze(1) if drops or t % 8 == 7 else rows  # asking a GPU costs a wait
+        alive = (~ended).nonzero().squeeze(1) if t % 8 == 7 or device.type == "cpu" else rows  # a GPU: a wait
         if len(alive) == 0:
             break
-        if drops and 1 < len(alive) <= len(rows) / 2:
+        if drops and 1 < len(alive) <= len(rows) / 2:  # a single row would be compiled anew
             rows, ended, key_mask, tokens, positions = (x[alive] for x in (rows, ended, key_mask, tokens, positions))
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[alive], layer.values[alive]
+            cache.reorder_cache(alive)
     return responses
 
 
@@ -465,7 +468,7 @@ def main(args):
         call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
     ranks = init_ranks()
-    device, graphs = ranks.device, {"triton.cudagraphs": torch.cuda.is_available()}
+    device, options = ranks.device, {"triton.cudagraphs": torch.cuda.is_available()}
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
@@ -475,10 +478,10 @@ def main(args):
     sampler = policy if args.precision == "fp32" else copy.deepcopy(policy).requires_grad_(False)
     for parameter in sampler.parameters() if sampler is not policy else ():  # buffers (rotary frequencies) stay fp32
         parameter.data = parameter.data.bfloat16()  # in storage that never moves
-    graphs["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the modules stay what they are
-    step = torch.compile(decode_step, fullgraph=True, options=graphs) if args.compile else decode_step
-    for model in (reference, *filter(None, [reward_model and reward_model.base_model])) if args.compile else ():
-        model.compile()
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the modules stay what they are
+    step = torch.compile(decode_step, fullgraph=True, options=options) if args.compile else decode_step
+    frozen, score = ActorCritic(reference, None), last_token_scores
+    frozen, score = (torch.compile(x) if args.compile else x for x in (frozen, score))
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
@@ -512,9 +515,8 @@ def main(args):
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
-                ref_logits, _ = response_logits(reference, ids, attention, R, forbidden)
-                ref_logprobs, _ = token_logprobs(ref_logits, ids[:, -R:], args.temperature)
-                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
+                ref_logprobs = frozen(ids, attention, R, args.temperature, forbidden)
+                scores = score(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
         rows = [prompts[i][1] for i in order]

@@ -34,7 +34,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -79,8 +79,8 @@ CLEAR_MARGIN = 0.5  # rows of --pairs with at least this margin are also counted
 @dataclass
 class Args:
     run: str | None = None
-    """a run folder of ppo_rlhf.py or ilql_rlhf.py: whatever is left at its default here is as it was in that run, the
-    policy its model, the reference what it started from; none: all as given"""
+    """a run folder of ppo_rlhf.py or ilql_rlhf.py: whatever is not given here is as it was in that run, the policy its
+    model, the reference what it started from; none: all as given"""
     model: str | None = None
     """the policy: a folder or a Hub name; may be left out with --pairs, then only accuracies are reported"""
     ref_model: str | None = None
@@ -377,24 +377,23 @@ def write_whole(path, text):
     os.rename(f"{path}.tmp", path)
 
 
-def from_run(args):
-    """The arguments with what stands at its default taken from args.json of --run."""
-    path = Path(args.run, "args.json")
-    if not path.is_file() or not Path(args.run, "model").is_dir():
-        raise UserError(
-            f"--run {args.run}: {'not finished: no model in it' if path.is_file() else 'no args.json in it'}"
-        )
+def from_run(folder):
+    """Arguments as they were in a run, read from its args.json."""
+    path = Path(folder, "args.json")
+    if not path.is_file() or not Path(folder, "model").is_dir():
+        raise UserError(f"--run {folder}: {'not finished: no model in it' if path.is_file() else 'no args.json in it'}")
     saved = json.loads(path.read_text())["args"]
-    names = ("dataset", "query_length", "response_length", "min_length", "stop_token", "temperature", "precision")
-    taken = {name: saved[name] for name in names if name in saved}
     start = Path(saved["model"])  # a config alone is no reference: its random weights would be others
     has_weights = not start.is_dir() or any(start.glob("*.safetensors*")) or any(start.glob("*.bin*"))
-    taken |= {"model": f"{args.run}/model", "ref_model": str(start) if has_weights else None}
+    taken = {"run": folder, "model": f"{folder}/model", "ref_model": str(start) if has_weights else None}
     taken |= {f"{name}s": (saved[name],) for name in ("reward_model", "reward_fn") if saved.get(name)}
-    if saved.get("eval_dataset"):  # ILQL's --dataset is what it learned from
-        taken["dataset"] = saved["eval_dataset"]
-    defaults = asdict(Args())
-    return replace(args, **{name: x for name, x in taken.items() if getattr(args, name) == defaults[name]})
+    names = ("response_length", "query_length", "min_length", "stop_token", "temperature", "dataset", "precision")
+    if "eval_dataset" in saved:  # ILQL: samples in fp32, and --dataset is what it learned from
+        names = ("response_length",)
+        taken["query_length"] = saved["max_length"] - saved["response_length"]
+        if saved["eval_dataset"]:
+            taken["dataset"] = saved["eval_dataset"]
+    return Args(**taken, **{name: saved[name] for name in names})
 
 
 def check_args(args):
@@ -430,7 +429,6 @@ def check_args(args):
 
 
 def main(args):
-    args = from_run(args) if args.run else args
     check_args(args)
     functions = [load_function(spec, "--reward_fns") for spec in args.reward_fns]
     names = [run_name(path) for path in args.reward_models] + [function.__name__ for function in functions]
@@ -522,5 +520,10 @@ def main(args):
         print(f"\nwritten to {args.output}")
 
 
+def start(args):
+    """`main`, where --run is given with that run's arguments in place of the defaults."""
+    main(tyro.cli(Args, default=from_run(args.run), use_underscores=True) if args.run else args)
+
+
 if __name__ == "__main__":
-    launch(main, tyro.cli(Args, use_underscores=True))
+    launch(start, tyro.cli(Args, use_underscores=True))

@@ -11,6 +11,8 @@ from samples. This runs ppo_rlhf.py as it is and reports, for each seed, the dis
     python benchmarks/exact_optimum.py --output benchmarks/results/exact_optimum.json
 """
 
+import contextlib
+import io
 import itertools
 import json
 import random
@@ -140,7 +142,8 @@ def solve(args, seed, folder, **changes):
     flags |= {"total_episodes": args.num_updates * args.batch_size, "response_length": LENGTH, "min_length": LENGTH}
     flags |= {"missing_eos_score": "none", "compile": False, **changes}
     started = time.perf_counter()
-    ppo_rlhf.main(ppo_rlhf.Args(**flags))
+    with contextlib.redirect_stdout(io.StringIO()):  # a line an update, and a folder that is gone when it is done
+        ppo_rlhf.main(ppo_rlhf.Args(**flags))
     return folder / "run", reference, time.perf_counter() - started
 
 

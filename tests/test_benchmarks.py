@@ -1,5 +1,6 @@
 """evaluate.py against hand computations, brute force and the plain classes; curves.py, comparison.py on small runs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -337,23 +338,39 @@ def test_the_command_that_ppo_prints_evaluates_what_was_trained(settings, tmp_pa
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
     python, script, *words = shlex.split(line.removeprefix("next "))
     assert (python, script) == ("python", "benchmarks/evaluate.py")
-    args = evaluate.from_run(tyro.cli(evaluate.Args, args=words, use_underscores=True))
+    assert words == ["--run", f"{tmp_path}/run"]
+    args = evaluate.from_run(words[1])
     assert args.model == f"{tmp_path}/run/model" and args.ref_model == flags["model"]
     assert args.reward_fns == (flags["reward_fn"],) and args.reward_models == ()
-    for name in ("dataset", "query_length", "response_length", "temperature", "stop_token", "min_length", "precision"):
+    names = ("dataset", "query_length", "response_length", "temperature", "stop_token", "min_length", "precision")
+    for name in names:
         assert getattr(args, name) == flags[name]
-    given = evaluate.from_run(evaluate.Args(run=str(tmp_path / "run"), temperature=0.5, ref_model="other"))
-    assert (given.temperature, given.ref_model, given.stop_token) == (0.5, "other", "a b")  # what is given wins
-    evaluate.main(evaluate.Args(run=str(tmp_path / "run"), num_samples=8))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "main", seen.append)
+        patch.setattr(sys, "argv", ["evaluate.py", *words, "--temperature", "1.0", "--num_samples", "8"])
+        evaluate.start(tyro.cli(evaluate.Args, use_underscores=True))
+    assert seen[0] == dataclasses.replace(args, temperature=1.0, num_samples=8)  # what is given wins, default or not
+    evaluate.main(seen[0])
     assert "kl" in capsys.readouterr().out
+
+
+def test_a_run_of_ilql_is_evaluated_as_it_evaluates_itself(tmp_path, gpt2_folder):
+    saved = {"model": gpt2_folder, "dataset": "rated.jsonl", "eval_dataset": "prompts.jsonl", "reward_model": None}
+    saved |= {"reward_fn": "f.py:f", "max_length": 64, "response_length": 12, "precision": "bf16"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "args.json").write_text(json.dumps({"args": saved}))
+    args = evaluate.from_run(str(tmp_path))
+    assert (args.dataset, args.query_length, args.response_length) == ("prompts.jsonl", 52, 12)
+    assert (args.precision, args.ref_model, args.reward_fns) == ("fp32", gpt2_folder, ("f.py:f",))
 
 
 def test_a_run_that_cannot_be_evaluated(tmp_path):
     with pytest.raises(UserError, match="no args.json"):
-        evaluate.main(evaluate.Args(run=str(tmp_path)))
+        evaluate.from_run(str(tmp_path))
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(UserError, match="not finished"):
-        evaluate.main(evaluate.Args(run=str(tmp_path)))
+        evaluate.from_run(str(tmp_path))
 
 
 def test_greedy_is_temperature_zero_and_deterministic(world, tmp_path):

@@ -23,7 +23,13 @@ def runs(tmp_path, gpt2_folder, llama_rm_folder):
     """{script: (module, flags)} of three short runs whose batches have unequal lengths."""
     rows = [{"prompt": a, "completion": b, "chosen": b, "rejected": c} for a, b, c in TEXTS]
     sizes = {"dataset": write_jsonl(tmp_path / "rows.jsonl", rows), "batch_size": 8, "micro_batch_size": 4}
-    ppo = {"model": gpt2_folder, "reward_model": llama_rm_folder, "num_epochs": 2, "num_minibatches": 2}
+    ppo = {
+        "model": gpt2_folder,
+        "reward_model": llama_rm_folder,
+        "num_epochs": 2,
+        "num_minibatches": 2,
+        "stop_token": "abcdefghij",
+    }
     return {
         "sft": (sft, {"model": gpt2_folder, "num_epochs": 1, "log_every": 1, **sizes}),
         "reward_model": (reward_model, {"model": llama_rm_folder, "num_epochs": 1, "log_every": 1, **sizes}),

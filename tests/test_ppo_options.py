@@ -82,7 +82,7 @@ def test_shared_trunk_is_one_trunk(model_folder, llama_rm_folder):
         torch.testing.assert_close(shared, separate, atol=1e-5, rtol=1e-5)
     hidden = predicting(last_hidden(critic, ids, mask), 5)
     torch.testing.assert_close(both[0][2], score_head(critic, hidden), atol=1e-5, rtol=1e-5)
-    logits, states = response_logits(policy, ids, mask, 5, forbidden)
+    logits, states = response_logits(policy, ids, mask, 5, forbidden, hidden=True)
     torch.testing.assert_close(policy.get_output_embeddings()(states), logits, atol=1e-5, rtol=1e-5)
 
 
@@ -265,7 +265,7 @@ def test_a_step_of_exploded_ratio_or_gradient_is_skipped(settings, tmp_path, acc
 
 
 @pytest.mark.parametrize(("mean", "skipped"), [(0.09, 1), (0.11, 0), (9.9, 0), (10.1, 1)])
-def test_the_guard_is_at_a_mean_ratio_of_ten(settings, tmp_path, mean, skipped):  # noqa: F811
+def test_the_guard_is_at_a_mean_ratio_of_ten_and_a_tenth(settings, tmp_path, mean, skipped):  # noqa: F811
     def set_ratio(call, answer):
         loss, ratio, clipped = answer
         return (loss, torch.full_like(ratio, mean), clipped) if call == 1 else answer

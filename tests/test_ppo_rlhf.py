@@ -457,21 +457,22 @@ def test_stopping_early_changes_nothing(policy):
 
 
 def test_dropping_ended_rows_changes_nothing(policy):
-    """A cache of its own loses rows as they end, a given one keeps all: the same tokens, whoever of the four ends first."""
-    stop_ids, fewest = [EOS, *range(2, 8)], []
-    for seed in range(6):
-        uniforms, counts = uniform(4, 30, seed=20 + seed), []
+    """A cache of its own loses rows as they end, twice and more, a given one keeps all: the same tokens."""
+    stop_ids, times = [EOS, *range(2, 5)], []
+    for seed in range(3):
+        uniforms, counts = uniform(16, 30, seed=20 + seed), []
 
         def counted(model, cache, tokens, *inputs, counts=counts):
             counts.append((len(tokens), len(cache.layers[0].keys)))
             return decode_step(model, cache, tokens, *inputs)
 
-        dropping = sample(policy, QUERIES, uniforms, stop_ids=stop_ids, step=counted)
+        dropping = sample(policy, QUERIES * 4, uniforms, stop_ids=stop_ids, step=counted)
         whole = StaticCache(config=policy.config, max_cache_len=7 + 30)
-        assert torch.equal(dropping, sample(policy, QUERIES, uniforms, stop_ids=stop_ids, cache=whole))
+        assert torch.equal(dropping, sample(policy, QUERIES * 4, uniforms, stop_ids=stop_ids, cache=whole))
         assert all(tokens == cached for tokens, cached in counts)
-        fewest.append(counts[-1][0])
-    assert min(fewest) == 2 and len(whole.layers[0].keys) == 4
+        times.append(len(set(counts)) - 1)
+        assert min(counts)[0] > 1 and len(whole.layers[0].keys) == 16
+    assert max(times) >= 2
 
 
 def test_response_of_one_token(policy):
@@ -490,7 +491,7 @@ def test_a_used_cache_is_as_good_as_a_new_one(policy, spare):
 
 
 def test_compiled_step_samples_the_same_tokens(gpt2_folder):
-    """The one test that compiles (about 20 s): one graph, the same tokens as eager, no recompile once it is warm."""
+    """One graph, a cache that stays, the same tokens as eager, no recompile once it is warm."""
     policy = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0]
     step = torch.compile(decode_step, fullgraph=True)
     cache = StaticCache(config=policy.config, max_cache_len=7 + 6)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import floors
+import scaling
 import shapes
 import speed
 
@@ -315,3 +316,29 @@ def test_a_contender_that_dies_is_quoted(tmp_path):
 def test_the_pins_of_the_peers_are_those_that_are_measured():
     script = (ROOT / "benchmarks" / "peers.sh").read_text()
     assert all(version in script for version in speed.PEERS.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scaling.py
+
+
+def test_what_crosses_the_wire_by_hand():
+    """10 trained parameters on 4 ranks: each sends 2 * 3/4 of 40 bytes; at the even point both take equally long."""
+    products, ring, sent = scaling.step_seconds(10, 4, 100, tflops=1e-9, gb_per_second=1e-9)
+    assert (products, ring, sent) == pytest.approx((6.0, 60.0, 60.0))
+    even = scaling.even_tokens(4, 400.0, 50.0)
+    products, ring, _ = scaling.step_seconds(7e9, 4, even, 400.0, 50.0)
+    assert products == pytest.approx(ring)
+    assert scaling.step_seconds(10, 1, 100, 1.0, 1.0)[1:] == (0, 0)
+
+
+def test_what_a_rank_holds_is_what_the_script_holds():
+    """Weights and gradients in fp32, two moments, a reference, a reward model, a bf16 copy; buckets between ranks."""
+    assert scaling.state_bytes(3, 5, ranks=1) == 8 * (4 + 4 + 4 + 4) + 3 * 4 + 5 * 4 + 3 * 2
+    assert scaling.state_bytes(3, 5, ranks=2) - scaling.state_bytes(3, 5, ranks=1) == 8 * 4
+
+
+def test_the_scaling_table(capsys):
+    scaling.main(scaling.Args(presets=("gpt2-2x24-v32",), ranks=(1, 16)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].split()[3] == "1" and lines[2].split()[3] == "16"

@@ -214,6 +214,18 @@ def test_load_rows_says_what_is_wrong(tmp_path):
     refused("notes.txt: ", utils.load_rows, str(tmp_path / "notes.txt"), COLUMNS)
 
 
+def test_messages_may_hold_tool_calls_parts_and_nothing_said(tmp_path):
+    """Content may be empty, in parts, or lacking beside a tool call; the data set library fills what a row lacks."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    for messages in (
+        [{"role": "user", "content": "1 + 1?"}, call, {"role": "tool", "content": ""}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        assert len(utils.load_rows(str(path), [("messages",)])) == 1
+
+
 def test_load_rows_refuses_a_folder_of_nothing(tmp_path):
     refused(".json, .jsonl or .parquet", utils.load_rows, str(tmp_path), COLUMNS)
 
