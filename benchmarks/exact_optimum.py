@@ -142,7 +142,8 @@ def solve(args, seed, folder, **changes):
     flags |= {"total_episodes": args.num_updates * args.batch_size, "response_length": LENGTH, "min_length": LENGTH}
     flags |= {"missing_eos_score": "none", "compile": False, **changes}
     started = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):  # a line an update, and a folder that is gone when it is done
+    quiet = io.StringIO()  # a line an update, and the name of a folder that is gone when it is done
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         ppo_rlhf.main(ppo_rlhf.Args(**flags))
     return folder / "run", reference, time.perf_counter() - started
 
@@ -150,13 +151,14 @@ def solve(args, seed, folder, **changes):
 def main(args):
     rows = []
     for seed in args.seeds:
+        print(f"seed {seed}: {args.num_updates} updates of {args.batch_size} responses ...", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             run, reference, seconds = solve(args, seed, Path(folder))
             row = {"seed": seed, "seconds": seconds, **exact(run / "model", reference, seed, args.beta)[0]}
         rows.append(row)
-        print(f"\nseed {seed}: KL to the optimum {row['kl_to_optimum']:.5f} nats; objective {row['objective']:.4f} of")
+        print(f"    KL to the optimum {row['kl_to_optimum']:.5f} nats; objective {row['objective']:.4f} of")
         print(
-            f"{row['optimum']:.4f}; the reference is {row['reference_kl_to_optimum']:.3f} nats away; {seconds:.0f} s\n"
+            f"    {row['optimum']:.4f}; the reference is {row['reference_kl_to_optimum']:.3f} nats away; {seconds:.0f} s"
         )
     median = statistics.median(row["kl_to_optimum"] for row in rows)
     print(f"median KL to the optimum of {len(rows)} seeds: {median:.5f} nats")
