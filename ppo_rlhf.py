@@ -214,8 +214,8 @@ def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperat
 def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, min_length=0,
              step=decode_step, cache=None):  # fmt: skip
     """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token.
-    query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. A row is pad_id behind its first stop id at
-    an index >= min_length. cache: of at least P + R slots, in place (for CUDA graphs); none: one that drops ended rows."""
+    query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. forbidden (V,): never sampled. A row is pad_id
+    behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: one that drops ended rows."""
     (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
