@@ -119,18 +119,19 @@ class Args:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-def predicting(x, response_length):
-    """From (B,T,...) to (B,R,...): the entries at which the response's tokens are still to come, P - 1 .. T - 2."""
-    return x[:, -response_length - 1 : -1]
+def predicting(response_length, device):
+    """Indices (R,) of what predicts the response, P - 1 .. T - 2, from the end; a slice would cost B copies of the head."""
+    return torch.arange(-response_length - 1, -1, device=device)
 
 
 def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
     """Logits (B,R,V) that predict the response's tokens, -inf for forbidden ids; and, if asked, the head's inputs (B,R,d)."""
-    inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": response_length + 1, "use_cache": False}
+    keep = predicting(response_length, input_ids.device)
+    inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": keep, "use_cache": False}
     inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": hidden}
     outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
-    hidden = predicting(outputs.hidden_states[-1], response_length) if hidden else None
-    return predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf), hidden
+    hidden = outputs.hidden_states[-1][:, keep] if hidden else None
+    return outputs.logits.masked_fill(forbidden, -math.inf), hidden
 
 
 def score_head(model, hidden):
@@ -171,7 +172,7 @@ class ActorCritic(torch.nn.Module):
         if self.critic is None:
             return logprobs
         if not shared:
-            hidden = predicting(last_hidden(self.critic, input_ids, attention_mask), response_length)
+            hidden = last_hidden(self.critic, input_ids, attention_mask)[:, predicting(response_length, logits.device)]
         return logprobs, entropy if self.entropy_coef else entropy.detach(), score_head(self.critic, hidden)
 
 
@@ -206,7 +207,7 @@ def sample_tokens(logits, uniforms, temperature, forbidden=None):
 def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
     """Feed tokens (B,n) to the model and sample the next one (B,) of each row."""
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
-    logits = model(tokens, **inputs, logits_to_keep=1).logits
+    logits = model(tokens, **inputs, logits_to_keep=tokens.new_full((1,), -1)).logits  # no slice: see `predicting`
     return sample_tokens(logits[:, -1], uniforms, temperature, forbidden)
 
 
@@ -480,8 +481,7 @@ def main(args):
         parameter.data = parameter.data.bfloat16()  # in storage that never moves
     options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the modules stay what they are
     step = torch.compile(decode_step, fullgraph=True, options=options) if args.compile else decode_step
-    frozen, score = ActorCritic(reference, None), last_token_scores
-    frozen, score = (torch.compile(x) if args.compile else x for x in (frozen, score))
+    frozen, score = (torch.compile(x) if args.compile else x for x in (ActorCritic(reference, None), last_token_scores))
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)

@@ -80,7 +80,7 @@ BUGS = [
         "slice off by one",
         "logits at a token instead of before it score the token that follows",
         "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",
-        {"return x[:, -response_length - 1 : -1]": "return x[:, -response_length:]"},
+        {"torch.arange(-response_length - 1, -1, device": "torch.arange(-response_length, 0, device"},
     ),
     Bug(
         "no position ids in the forward",
@@ -98,8 +98,7 @@ BUGS = [
         "unused ids kept by the scorer",
         "the sampler masks ids that policy and reference give probability: two supports, a biased ratio and KL",
         "test_the_reference_starts_at_no_distance test_actor_critic_against_rows_without_padding",
-        {"predicting(outputs.logits, response_length).masked_fill(forbidden, -math.inf)":
-         "predicting(outputs.logits, response_length)"},
+        {"outputs.logits.masked_fill(forbidden, -math.inf)": "outputs.logits"},
     ),
     Bug(
         "log-softmax in bf16",

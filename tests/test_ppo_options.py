@@ -80,7 +80,7 @@ def test_shared_trunk_is_one_trunk(model_folder, llama_rm_folder):
     both = [ActorCritic(policy, c)(ids, mask, 5, 0.7, forbidden) for c in (critic, apart_critic)]
     for shared, separate in zip(*both, strict=True):
         torch.testing.assert_close(shared, separate, atol=1e-5, rtol=1e-5)
-    hidden = predicting(last_hidden(critic, ids, mask), 5)
+    hidden = last_hidden(critic, ids, mask)[:, predicting(5, ids.device)]
     torch.testing.assert_close(both[0][2], score_head(critic, hidden), atol=1e-5, rtol=1e-5)
     logits, states = response_logits(policy, ids, mask, 5, forbidden, hidden=True)
     torch.testing.assert_close(policy.get_output_embeddings()(states), logits, atol=1e-5, rtol=1e-5)
