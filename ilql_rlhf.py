@@ -131,17 +131,22 @@ class ILQL(torch.nn.Module):
         self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(qs)})
         self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
 
-    def values(self, name, hidden):
-        """What the heads of that name say at hidden (...,d): a list of (...,V), one per Q head; "v": of one (...,1)."""
+    def values(self, name, hidden, actions=None):
+        """What the heads of a name say at hidden (...,d): "v" one (...,1), each Q (...,V), or (...,1) of actions (...)."""
+        heads, hidden = self.heads[name], hidden.to(self.heads["v"][0][0].weight.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            return [head(hidden.to(head[0].weight.dtype)) for head in self.heads[name]]
+            if actions is None:
+                return [head(hidden) for head in heads]
+            parts = [(head[:2](hidden), F.embedding(actions, head[2].weight), head[2].bias[actions]) for head in heads]
+            return [(x * w).sum(-1, keepdim=True) + b[..., None] for x, w, b in parts]
 
-    def forward(self, input_ids, attention_mask, states):
-        """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions."""
-        hidden = last_hidden(self.policy, input_ids, attention_mask)
-        hidden = hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))  # (B,A,d)
+    def forward(self, input_ids, attention_mask, states, actions=None, all_qs=True):
+        """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions. Given the
+        actions (B,A), target Q is theirs alone, (B,A,1), and without all_qs, which only CQL needs, so is Q."""
+        hidden = last_hidden(self.policy, input_ids, attention_mask).take_along_dim(states[..., None], 1)  # (B,A,d)
         logits, (vs,) = self.policy.get_output_embeddings()(hidden), self.values("v", hidden)
-        return logits, self.values("q", hidden), self.values("target_q", hidden.detach()), vs.squeeze(-1)
+        qs = self.values("q", hidden, None if all_qs else actions)
+        return logits, qs, self.values("target_q", hidden.detach(), actions), vs.squeeze(-1)
 
     def steered_logits(self, hidden, beta, forbidden, temperature=1.0, top_k=None, top_p=1.0):
         """`steer` at hidden (B,d), -inf for forbidden (V,) ids. Temperature and cuts shape pi_beta before Q and V shift
@@ -172,19 +177,18 @@ def load_ilql(path):
     return ilql.eval()
 
 
-def ilql_loss(
-    qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask,
-    tau, gamma, beta, cql_weight, awac_weight, num_tokens=None,
-):  # fmt: skip
+def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, tau, gamma, beta, cql_weight,
+              awac_weight, num_tokens=None):  # fmt: skip
     """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
     total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q and cql are sums over heads.
-    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A). What is behind the mask reaches no number or gradient."""
+    qs, target_qs: lists of (B,A,V), or (B,A,1): of the actions alone, which as qs makes cql 0. logits (B,A,V); all else
+    (B,A). What is behind the mask reaches no number or gradient."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
     vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
-    index = actions.masked_fill(~mask, 0)[..., None]
-    taken_qs = [q.gather(-1, index).squeeze(-1) for q in qs]
-    target_q = torch.stack([q.gather(-1, index).squeeze(-1) for q in target_qs]).amin(0).detach()
+    index = actions.masked_fill(~mask, 0)[..., None]  # modulo 1 it is the only one
+    taken_qs = [q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in qs]
+    target_q = torch.stack([q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in target_qs]).amin(0).detach()
 
     # Temporal difference (IQL, eq. 6): V is the next state's value, so no action that the data lacks is ever asked for.
     backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)
@@ -196,7 +200,6 @@ def ilql_loss(
     weight = torch.exp(beta * (target_q - vs)).detach()  # behaviour cloning by advantage (Nair et al. 2020; IQL, eq. 7)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
-
     losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
     losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
     more = sum(x * losses[name] for name, x in (("cql", cql_weight), ("awac", awac_weight)) if x)  # 0 * infinity is NaN
@@ -218,8 +221,7 @@ def response_mask(responses, stop_ids, min_length=0):
 
 
 def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, beta, temperature=1.0, **options):
-    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF: the first id whose
-    cumulative probability exceeds u times the total. temperature 0: the likeliest."""
+    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest."""
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
     hidden = ilql.policy.base_model(tokens, **inputs).last_hidden_state[:, -1]
     probabilities = torch.softmax(ilql.steered_logits(hidden, beta, temperature=temperature, **options), dim=-1)
@@ -439,7 +441,7 @@ def main(args):
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
     run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
-    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
+    size, off = min(args.micro_batch_size, args.batch_size // ranks.world_size), "" if args.cql_weight else "cql"
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
     if args.resume:
         state = run.load_checkpoint()
@@ -456,17 +458,16 @@ def main(args):
 
         # 2. loss
         for k in range(0, max(len(mine), 1), size):
-            tensors = collate_actions(mine[k : k + size], limits, size, device)
-            input_ids, attention_mask, states, actions, rewards, terminal, mask = tensors
+            *inputs, actions, rewards, terminal, mask = collate_actions(mine[k : k + size], limits, size, device)
             train_model.require_backward_grad_sync = k + size >= len(mine)
             with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                logits, qs, target_qs, vs = train_model(input_ids, attention_mask, states)
+                logits, qs, target_qs, vs = train_model(*inputs, actions, all_qs=args.cql_weight > 0)
             next_vs = F.pad(vs[:, 1:], (0, 1))  # the next column is the next state in which the agent acts
             losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
             total = losses["total"] + (0.0 if args.awac_weight else 0.0 * logits.sum())  # DDP wants each weight in it
             (total * ranks.world_size).backward()  # ranks average: times their number is the sum
-            target_q = torch.stack([q.gather(-1, actions[..., None]).squeeze(-1) for q in target_qs]).amin(0)
-            means.add({f"loss/{name}": x * num_tokens / mask.sum() for name, x in losses.items()}, mask.sum())
+            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if k != off}, mask.sum())
+            target_q = torch.stack(target_qs).amin(0).squeeze(-1)
             stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
             means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
 

@@ -11,7 +11,7 @@ The work, B rows of P query and R response tokens, T = P + R:
     update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
     sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows
     ilql       forward and backward of the policy on T - 1 tokens, with its head, V and two Q heads at the response; the
-               two target heads forward
+               two target heads forward, of whose last layer only the actions' rows are read (not counted)
 
 No head of the critic, no softmax, norm, activation, sampling or optimizer is counted: a floor is what remains when all
 of them are free.
@@ -84,7 +84,7 @@ def phases(policy, critic, kind, B, P, R, epochs=1):
         heads = [(width, 2 * width), (2 * width, vocabulary)] * 2
         v_and_qs = Model([(width, 2 * width), (2 * width, 1), *heads], None, 0, 0, 0)
         work = products(policy, B * (T - 1), B * R, backward=True) + products(v_and_qs, B * R, 0, backward=True)
-        targets = products(Model(heads, None, 0, 0, 0), B * R, 0)
+        targets = products(Model([(width, 2 * width)] * 2, None, 0, 0, 0), B * R, 0)
         return {"update": ([work, targets], attention_flops(policy, B, 0, T - 1, backward=True))}
     both = [products(policy, B * T, B * R), products(critic, B * T, 0)]
     forward = attention_flops(policy, B, 0, T) + attention_flops(critic, B, 0, T)

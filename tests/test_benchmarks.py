@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import ilql_rlhf
-from benchmarks import comparison, curves, evaluate
+from benchmarks import comparison, curves, evaluate, rated_samples
 from conftest import write_jsonl
 from utils import UserError, launch, load_pretrained
 
@@ -651,3 +651,40 @@ def test_a_comparison_of_what_differs_is_refused(tmp_path, capsys, name, message
         launch(comparison.main, comparison.Args(**flags))
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rated samples
+
+
+def rated_files(tmp_path):
+    rated = [{"prompt": "a", "completion": " b", "reward": r} for r in (1.0, 2.0, 6.0)]
+    samples = [
+        {"query": f"p{i}", "response": f" r{i}", "scores": {"a": 10.0 * i, "b": 0.0}, "has_eos": i != 2}
+        for i in range(4)
+    ]
+    paths = write_jsonl(tmp_path / "rated.jsonl", rated), write_jsonl(tmp_path / "samples.jsonl", samples)
+    return {"rated": str(paths[0]), "samples": (str(paths[1]),), "output": str(tmp_path / "both.jsonl")}
+
+
+def test_rated_samples_stand_beside_the_ratings_on_one_scale(tmp_path, capsys):
+    files = rated_files(tmp_path)
+    rated_samples.main(rated_samples.Args(**files, scorer="a"))
+    rows = [json.loads(line) for line in Path(files["output"]).read_text().splitlines()]
+    assert [(row["prompt"], row["completion"]) for row in rows[3:]] == [("p0", " r0"), ("p1", " r1"), ("p3", " r3")]
+    for part, values in ((rows[:3], (1.0, 2.0, 6.0)), (rows[3:], (0.0, 10.0, 30.0))):
+        mean = sum(values) / 3
+        std = (sum((x - mean) ** 2 for x in values) / 3) ** 0.5
+        assert [row["reward"] for row in part] == pytest.approx([(x - mean) / std for x in values])
+    assert "3 rated rows and 3 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [({"scorer": "c"}, "has a, b"), ({"scorer": "b"}, "no scale")])
+def test_rated_samples_refuse_what_has_no_score(flags, words, tmp_path):
+    files = rated_files(tmp_path)
+    with pytest.raises(UserError, match=words):
+        rated_samples.main(rated_samples.Args(**files, **flags))
+    assert not Path(files["output"]).exists()
+    Path(files["output"]).write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        rated_samples.main(rated_samples.Args(**files, scorer="a"))

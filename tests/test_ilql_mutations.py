@@ -75,7 +75,7 @@ def long_rows(request):
 
 
 BACKUP = "backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)"
-MINIMUM = "target_q = torch.stack([q.gather(-1, index).squeeze(-1) for q in target_qs]).amin(0).detach()"
+MINIMUM = "torch.stack([q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in target_qs]).amin(0).detach()"
 MUTANTS = {
     "terminal inverted": (BACKUP, BACKUP.replace("(terminal,", "(~terminal,"), (loss, step)),
     "terminal ignored": (BACKUP, BACKUP.replace(".masked_fill(terminal, 0.0)", ""), (loss,)),
@@ -128,8 +128,8 @@ MUTANTS = {
         (long_rows,),
     ),
     "states one early": (
-        "hidden.gather(1, states[..., None]",
-        "hidden.gather(1, (states - 1).clamp(min=0)[..., None]",
+        "take_along_dim(states[..., None]",
+        "take_along_dim((states - 1).clamp(min=0)[..., None]",
         (padded_heads,),
     ),
     "steering by the online Q": (

@@ -323,6 +323,42 @@ def test_heads_stand_at_the_states_of_rows_without_padding(folder):
                     torch.testing.assert_close(target_qs[k][i, j], ilql.heads["target_q"][k](h), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder):
+    ilql, batch = build(folder), batch_of(ROWS, STATES, extra=1)
+    actions = torch.randint(ilql.heads["q"][0][2].out_features, batch[2].shape, generator=utils.seeded(3, "actions"))
+    logits, qs, target_qs, vs = ilql(*batch)
+    for all_qs in (True, False):
+        logits_too, some_qs, some_targets, vs_too = ilql(*batch, actions, all_qs)
+        torch.testing.assert_close((logits_too, vs_too), (logits, vs))
+        for whole, some in zip(target_qs + qs, some_targets + some_qs, strict=True):
+            if some.shape[-1] > 1:
+                assert all_qs and torch.equal(some, whole)
+            else:
+                torch.testing.assert_close(some, whole.gather(-1, actions[..., None]))
+        assert {x.shape[-1] for x in some_targets} == {1} and (some_qs[0].shape[-1] > 1) == all_qs
+
+
+def test_the_loss_from_q_at_the_actions_alone_is_that_from_all(folder):
+    """With cql_weight 0, the same numbers and gradients of every parameter."""
+    results, batch = [], batch_of(ROWS, STATES)
+    mask = torch.arange(batch[2].shape[1]) < torch.tensor([[len(states)] for states in STATES])
+    actions = torch.randint(12, mask.shape, generator=utils.seeded(3, "actions"))
+    rewards, terminal = normal(*mask.shape), ~torch.nn.functional.pad(mask[:, 1:], (0, 1)) & mask
+    for arguments in ((), (actions, False), (actions, True)):
+        ilql = build(folder, scale=0.5)
+        logits, qs, target_qs, vs = ilql(*batch, *arguments)
+        next_vs = torch.nn.functional.pad(vs[:, 1:], (0, 1))
+        case = (qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask)
+        losses = ilql_rlhf.ilql_loss(*case, 0.7, 0.9, 0.5, 0.0, 1.0)
+        losses["total"].backward()
+        gradients = [p.grad for p in ilql.parameters() if p.requires_grad]
+        results.append([*(losses[name].detach() for name in ("total", "q", "v", "awac")), *gradients])
+    for x, y, z in zip(*results, strict=True):
+        torch.testing.assert_close(y, x, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(z, x, atol=1e-6, rtol=1e-4)
+
+
 def test_no_gradient_goes_through_a_target(folder):
     ilql = build(folder)
     _, qs, target_qs, vs = ilql(*batch_of(ROWS, STATES))

@@ -70,7 +70,7 @@ def test_the_trainers_by_hand():
     assert floors.phase_flops(update) == 6 * 6 * 6 * body + 3 * 2 * 4 * 24 * 6 * pairs
     update = floors.phases(model, model, "ilql", 3, 2, 4)["update"]  # 5 tokens of a row are read, 4 have actions
     q, v = 24 * 48 + 48 * 32, 24 * 48 + 48
-    heads = 6 * 3 * 4 * (head + 2 * q + v) + 2 * 3 * 4 * 2 * q
+    heads = 6 * 3 * 4 * (head + 2 * q + v) + 2 * 3 * 4 * 2 * 24 * 48
     assert floors.phase_flops(update) == 6 * 3 * 5 * body + heads + 3 * 2 * 4 * 24 * 3 * 15
 
 
