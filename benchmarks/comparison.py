@@ -12,7 +12,8 @@ and refuses to compare anything else. The columns:
     perplexity   of the responses under the SFT policy; unknown for best-of-n
     tokens       sampled in order to train, or for best-of-n to answer once, n times its mean response length
     seconds      of training behind SFT: PPO's phases, as it logged them, and what is given for the others; best-of-n and
-                 PPO need a reward model first, ILQL needs the ratings alone
+                 PPO need a reward model first, ILQL the ratings alone, or also what rated_samples.py added to them: then
+                 --ilql_tokens are the tokens of these samples, and --ilql_seconds hold reward model and sampling too
 """
 
 import json
@@ -47,9 +48,11 @@ class Args:
     reward_model_seconds: float
     """training time of the reward model that PPO and best-of-n use"""
     ilql_seconds: float
-    """training time of ILQL"""
+    """training time of ILQL, and of all that its data needs"""
     output: str
     """a folder for comparison.json and comparison.png, which must not exist yet"""
+    ilql_tokens: float = 0.0
+    """tokens sampled for ILQL's data"""
 
 
 def read_evaluation(path, like=None):
@@ -96,7 +99,10 @@ def rows_of(args):
         tokens = int(n) * many["metrics"]["length"]["mean"]
         rows.append(row(f"best of {n}", best[key], bound, None, tokens, args.reward_model_seconds))
     steered = sorted((read_evaluation(path, sft) for path in args.ilql), key=lambda result: result["args"]["beta"])
-    rows += [policy(f"ILQL, beta {result['args']['beta']:g}", result, 0, args.ilql_seconds) for result in steered]
+    rows += [
+        policy(f"ILQL, beta {result['args']['beta']:g}", result, args.ilql_tokens, args.ilql_seconds)
+        for result in steered
+    ]
     tokens, seconds = ppo_costs(args.ppo_run)
     return [*rows, policy("PPO", read_evaluation(args.ppo, sft), tokens, args.reward_model_seconds + seconds)]
 

@@ -614,7 +614,7 @@ def comparison_flags(folder, **changed):
     files["best_of_n"] = evaluation(folder / "best.json", 0.4, 0.0, best_of_n=best, num_samples=320)
     files["ppo"] = evaluation(folder / "ppo.json", 4.5, 12.0, std=1.0)
     files["ilql"] = tuple(evaluation(folder / f"i{beta}.json", 0.5 + beta, beta, beta=beta) for beta in (4.0, 1.0))
-    costs = {"reward_model_seconds": 100.0, "ilql_seconds": 50.0}
+    costs = {"reward_model_seconds": 100.0, "ilql_seconds": 50.0, "ilql_tokens": 7.0}
     return {**files, **costs, "ppo_run": str(run), "judge": "b", "output": str(folder / "comparison"), **changed}
 
 
@@ -624,7 +624,7 @@ def test_a_comparison_by_hand(tmp_path, capsys):
     assert [row["name"] for row in rows] == ["SFT", "best of 16", "ILQL, beta 1", "ILQL, beta 4", "PPO"]
     assert [row["gain"] for row in rows] == [0.0, 1.0, 0.5, 2.0, 2.0]  # in standard deviations of the SFT scores
     assert [row["kl"]["mean"] for row in rows] == pytest.approx([0.0, math.log(16) - 15 / 16, 1.0, 4.0, 12.0])
-    assert [row["tokens"] for row in rows] == [0, 48.0, 0, 0, 640.0]
+    assert [row["tokens"] for row in rows] == [0, 48.0, 7.0, 7.0, 640.0]
     assert [row["seconds"] for row in rows] == [0, 100.0, 50.0, 50.0, 114.0]
     assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 1000
     assert "best of 16" in capsys.readouterr().out
