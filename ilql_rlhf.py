@@ -81,7 +81,7 @@ class Args:
     lr: float = 1e-3
     """learning rate of the first step; decays linearly to min_lr"""
     policy_lr_scale: float = 1.0
-    """times the learning rate: that of trunk and LM head; 0 leaves pi_beta as it is and trains the heads alone"""
+    """times the learning rate: that of trunk and LM head; 0 leaves pi_beta as it is and trains the heads alone, without AWAC"""
     min_lr: float = 0.0
     """learning rate at the end of decay_epochs and from there on"""
     decay_epochs: int = 0
@@ -144,7 +144,8 @@ class ILQL(torch.nn.Module):
         """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions. Given the
         actions (B,A), target Q is theirs alone, (B,A,1), and without all_qs, which only CQL needs, so is Q."""
         hidden = last_hidden(self.policy, input_ids, attention_mask).take_along_dim(states[..., None], 1)  # (B,A,d)
-        logits, (vs,) = self.policy.get_output_embeddings()(hidden), self.values("v", hidden)
+        head, (vs,) = self.policy.get_output_embeddings(), self.values("v", hidden)
+        logits = head(hidden) if head.weight.requires_grad else hidden[..., :1] * 0  # frozen: no AWAC
         qs = self.values("q", hidden, None if all_qs else actions)
         return logits, qs, self.values("target_q", hidden.detach(), actions), vs.squeeze(-1)
 
@@ -181,8 +182,8 @@ def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, ma
               awac_weight, num_tokens=None):  # fmt: skip
     """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
     total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q and cql are sums over heads.
-    qs, target_qs: lists of (B,A,V), or (B,A,1): of the actions alone, which as qs makes cql 0. logits (B,A,V); all else
-    (B,A). What is behind the mask reaches no number or gradient."""
+    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A). Also (B,A,1), of the actions alone: target_qs, qs and
+    logits, then cql and awac are 0. What is behind the mask reaches no number or gradient."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
     vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
@@ -195,11 +196,10 @@ def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, ma
     q_loss = sum((backup - q) ** 2 for q in taken_qs)
     # Expectile regression (IQL, eq. 5): where the target is above V the error weighs tau, elsewhere 1 - tau.
     v_loss = (tau - (target_q < vs).to(vs.dtype)).abs() * (target_q - vs) ** 2
-    # Conservatism (Kumar et al. 2020) over tokens: -log softmax(Q) of the action.
-    cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))
+    cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))  # conservatism: Kumar et al. 2020
     weight = torch.exp(beta * (target_q - vs)).detach()  # behaviour cloning by advantage (Nair et al. 2020; IQL, eq. 7)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
+    awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index % logits.shape[-1]).squeeze(-1)
     losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
     losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
     more = sum(x * losses[name] for name, x in (("cql", cql_weight), ("awac", awac_weight)) if x)  # 0 * infinity is NaN
@@ -441,7 +441,8 @@ def main(args):
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
     run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
-    size, off = min(args.micro_batch_size, args.batch_size // ranks.world_size), "" if args.cql_weight else "cql"
+    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
+    on = {"cql": args.cql_weight, "awac": args.policy_lr_scale}  # what is 0 is not computed
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
     if args.resume:
         state = run.load_checkpoint()
@@ -466,15 +467,14 @@ def main(args):
             losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
             total = losses["total"] + (0.0 if args.awac_weight else 0.0 * logits.sum())  # DDP wants each weight in it
             (total * ranks.world_size).backward()  # ranks average: times their number is the sum
-            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if k != off}, mask.sum())
+            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if on.get(k, 1)}, mask.sum())
             target_q = torch.stack(target_qs).amin(0).squeeze(-1)
             stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
             means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
 
         # 3. update
         lr = args.min_lr + (args.lr - args.min_lr) * max(1 - (step - 1) / decay_steps, 0)
-        for group, scale in zip(optimizer.param_groups, (args.policy_lr_scale, 1.0)):
-            group["lr"] = lr * scale
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = args.policy_lr_scale * lr, lr
         grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()

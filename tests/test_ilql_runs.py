@@ -209,6 +209,22 @@ def test_the_policy_learns_at_its_own_rate(settings, tmp_path, scale, gpt2_folde
     moved = [(x - y).abs().max().item() for x, y in zip(ilql.policy.parameters(), start.parameters(), strict=True)]
     assert metrics["lr"] == 1e-2 and max(moved) == pytest.approx(1e-2 * scale, rel=1e-3)
     assert ilql.heads["q"][0][2].bias.abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+    assert ("loss/awac" in metrics) == (scale > 0) and "loss/cql" in metrics  # what is not computed is no metric
+
+
+def test_without_cql_and_policy_the_heads_learn_the_same(settings, tmp_path):
+    """Products with the whole vocabulary are then left out; with a policy that learns at rate 1e-30 they are not."""
+    flags = settings("", num_epochs=1, cql_weight=0.0, max_grad_norm=0.0, reward_fn=None)
+    frozen, free = (
+        run(flags | {"policy_lr_scale": scale, "output_dir": str(tmp_path / f"run_{scale}")}) for scale in (0.0, 1e-30)
+    )
+    heads = [ilql_rlhf.load_ilql(str(folder / "model")).heads.state_dict() for folder in (frozen, free)]
+    assert heads[0]["q.0.2.weight"].any()
+    for name, x in heads[0].items():
+        torch.testing.assert_close(x, heads[1][name], atol=1e-5, rtol=1e-4)
+    one, two = lines(frozen)[-1], lines(free)[-1]
+    assert not {"loss/cql", "loss/awac"} & set(one) and "loss/awac" in two
+    assert one["loss/q"] == pytest.approx(two["loss/q"], rel=1e-4)
 
 
 def test_micro_batches_and_ranks_do_not_change_a_gradient(settings, tmp_path, on_two_ranks):
