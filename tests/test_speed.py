@@ -10,14 +10,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import ppo_rlhf
 import reward_model
 import sft
+import utils
+from conftest import write_jsonl
 from utils import UserError, launch, load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import floors
+import memory
 import scaling
 import shapes
 import speed
@@ -342,3 +346,30 @@ def test_the_scaling_table(capsys):
     scaling.main(scaling.Args(presets=("gpt2-2x24-v32",), ranks=(1, 16)))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].split()[3] == "1" and lines[2].split()[3] == "16"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_growth_by_hand():
+    mib = [100.0, 200.0] + [300.0, 310.0] + [350.0] * 14 + [320.0, 320.0]
+    summary = memory.summarise(mib, [3, 5, 6] + [7] * 16 + [9])
+    assert summary == {"start": 305.0, "end": 320.0, "growth": 15.0, "share": 15 / 305, "compiles_behind_start": 2}
+
+
+def test_memory_is_watched_along_a_run(tmp_path, gpt2_folder, capsys):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a b"}, {"prompt": "c"}])
+    (tmp_path / "score.py").write_text(
+        "def score(prompts, responses):\n    return [float(len(x)) for x in responses]\n"
+    )
+    flags = f"--model {gpt2_folder} --dataset {prompts} --reward_fn {tmp_path}/score.py:score --batch_size 4 "
+    flags += "--num_epochs 1 --num_minibatches 1 --micro_batch_size 4 --response_length 3"
+    output = tmp_path / "memory.json"
+    memory.main(memory.Args(num_updates=10, output=str(output)), flags.split())
+    result = json.loads(output.read_text())
+    assert len(result["mib"]) == len(result["compiles"]) == 10 and result["ppo_args"]["total_episodes"] == 40
+    assert 50 < min(result["mib"]) and result["start"] == result["mib"][1] and result["end"] == result["mib"][-1]
+    assert "at the end" in capsys.readouterr().out and ppo_rlhf.progress is utils.progress
+    with pytest.raises(UserError, match="exists already"):
+        memory.main(memory.Args(output=str(output)), [])
