@@ -129,11 +129,14 @@ def draw(rows, path):
         kl, judge = [row["kl"]["mean"] for row in chosen], [row["judge"]["mean"] for row in chosen]
         bars = [[abs(row["judge"][end] - row["judge"]["mean"]) for row in chosen] for end in ("low", "high")]
         axis.errorbar(kl, judge, yerr=bars, color=colour, marker="o", markersize=4, capsize=2, lw=1.2, label=group)
-        for row, x, y in zip(chosen, kl, judge, strict=True):
-            axis.annotate(row["name"], (x, y), xytext=(5, -11), textcoords="offset points", fontsize=8, color=colour)
+        for i, (row, x, y) in enumerate(zip(chosen, kl, judge, strict=True)):  # labels above and below in turn
+            style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+            axis.annotate(row["name"].removeprefix("ILQL, "), (x, y), xytext=(5, 5 if i % 2 else -11), **style)
     axis.set(xlabel="KL to the SFT policy, nats a response", ylabel="judge's mean score, with 95% intervals")
     axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(left=-0.1)
+    axis.set_xlim(-0.1, 1.5 * max(row["kl"]["mean"] for row in rows) + 1)
+    ticks = [x for x in (0, 0.5, 1, 2, 5, 10, 20, 50) if x <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
