@@ -442,7 +442,7 @@ def main(args):
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
     run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
     size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
-    on = {"cql": args.cql_weight, "awac": args.policy_lr_scale}  # what is 0 is not computed
+    off = {k for k, x in (("cql", args.cql_weight), ("awac", args.policy_lr_scale)) if not x}  # losses not computed
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
     if args.resume:
         state = run.load_checkpoint()
@@ -467,7 +467,7 @@ def main(args):
             losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
             total = losses["total"] + (0.0 if args.awac_weight else 0.0 * logits.sum())  # DDP wants each weight in it
             (total * ranks.world_size).backward()  # ranks average: times their number is the sum
-            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if on.get(k, 1)}, mask.sum())
+            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if k not in off}, mask.sum())
             target_q = torch.stack(target_qs).amin(0).squeeze(-1)
             stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
             means.add({"val/q": target_q, "val/v": vs, **stats}, mask)

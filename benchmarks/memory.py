@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import ppo_rlhf
 from evaluate import write_whole
-from turns import CompileWatch
+from turns import CompileWatch, resident_memory
 from utils import UserError, environment, launch
 
 
@@ -43,8 +43,7 @@ def memory():
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved() / 2**20
     gc.collect()
-    with open("/proc/self/status") as file:
-        return int(next(line.split()[1] for line in file if line.startswith("VmRSS"))) / 2**10
+    return resident_memory("VmRSS")
 
 
 def summarise(mib, compiles):

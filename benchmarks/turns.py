@@ -37,13 +37,18 @@ def reset_peak_memory():
         pass
 
 
+def resident_memory(name):
+    """MiB of a line of Linux's status of this process: VmRSS now, VmHWM the peak."""
+    with open("/proc/self/status") as file:
+        return int(next(line.split()[1] for line in file if line.startswith(name))) / 2**10
+
+
 def peak_memory():
     """MiB: of the CUDA allocator where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
-        with open("/proc/self/status") as file:
-            return int(next(line.split()[1] for line in file if line.startswith("VmHWM"))) / 2**10
+        return resident_memory("VmHWM")
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
