@@ -266,8 +266,8 @@ def load_tokenizer(path):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
+        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
     return tokenizer
 
 
@@ -392,8 +392,8 @@ def main(args):
     for flag in ("tau", "gamma", "alpha"):
         if not 0 < getattr(args, flag) <= 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0 and at most 1")
-    if not args.eval_betas or (args.reward_fn and args.reward_model):
-        raise UserError("--eval_betas needs a number, and of --reward_fn and --reward_model at most one can be given")
+    if not (args.eval_betas and all(map(math.isfinite, args.eval_betas))) or (args.reward_fn and args.reward_model):
+        raise UserError("--eval_betas needs finite numbers; of --reward_fn and --reward_model at most one can be given")
     tokenizer = load_tokenizer(args.model)
     rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
     if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
@@ -423,10 +423,10 @@ def main(args):
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
-    x = torch.zeros(1, 1).long()  # one id
+    cache, x = StaticCache(config=policy.config, max_cache_len=P + R), torch.zeros(1, 1).long()  # x: one id
     plain = torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
-    if not plain or policy.config.model_type == "gpt_neo":
-        raise UserError(f"--model {args.model}: it scales or caps its logits or attends locally, unlike ILQL here")
+    if not plain or policy.config.model_type == "gpt_neo" or "Linear" in str([type(layer) for layer in cache.layers]):
+        raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally or linearly")
     ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, **statistics).to(device)
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
@@ -435,7 +435,7 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
     pad_id, forbidden = tokenizer.pad_token_id, torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
     forbidden[pad_id] = True  # with the ids that no token has: never sampled
-    cache, stop_ids = StaticCache(config=policy.config, max_cache_len=P + R), [tokenizer.eos_token_id]
+    stop_ids = [tokenizer.eos_token_id]
     sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
     weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
     steps_per_epoch = -(-len(rows) // args.batch_size)

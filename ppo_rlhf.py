@@ -16,7 +16,7 @@ Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, v
 before it, rewards[:, t] is paid for it. mask (B,R) is True for real response tokens, the EOS included.
 
 Deviations from the papers' code: the score is paid at EOS itself, behind which the value is 0 (Huang et al.: one slot
-later); old log-probabilities come from the training forward; advantages are whitened over all ranks; AdamW, eps 1e-5.
+later); old log-probabilities come from the training forward; advantages are whitened over all ranks.
 """
 
 import copy
@@ -339,8 +339,8 @@ def load_tokenizer(path):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
+        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
     return tokenizer
 
 
@@ -404,13 +404,13 @@ def left_pad(sequences, length, pad_id, device):
 def call_reward_fn(function, rows, responses, device):
     """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
-    scores, name = function([row["prompt"] for row in rows], responses, **columns), function.__name__
-    if not hasattr(scores, "__len__") or len(scores) != len(responses):
-        raise UserError(f"{name} returned {scores!r} for {len(responses)} responses, not one number for each")
-    for score, response in zip(scores, responses):
-        if not hasattr(score, "__float__") or not math.isfinite(score):
-            raise UserError(f"{name} returned {score!r} for the response {response!r}")
-    return torch.tensor([float(score) for score in scores], device=device)
+    try:
+        scores = [float(score) for score in function([row["prompt"] for row in rows], responses, **columns)]
+    except Exception as error:  # the user's code, or an answer that is no sequence of numbers
+        raise UserError(f"{function.__name__} must return a number for each response: {error!r}") from error
+    if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
+        raise UserError(f"{function.__name__} returned {scores} for {responses}, not a finite number for each")
+    return torch.tensor(scores, device=device)
 
 
 def check_flags(args):
@@ -447,6 +447,8 @@ def load_models(args, tokenizer, num_positions, device):
         model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if "Linear" in str([type(layer) for layer in StaticCache(config=policy.config, max_cache_len=1).layers]):
+        raise UserError(f"--model {args.model}: its linear attention would take the prefill's empty slots for tokens")
     policy.generation_config = type(policy.generation_config).from_model_config(policy.config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
@@ -511,7 +513,7 @@ def main(args):
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
 
         # 2. score
-        rolled_out, parts = clock(device), []
+        sampled, parts = clock(device), []
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
@@ -539,7 +541,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
         orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
         orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders]).to(device)
-        for attempt, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
+        for tried, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
             optimizer.zero_grad()
             num_tokens, checks = batch[-1][minibatch].sum(), Means()  # over all ranks
             micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
@@ -570,17 +572,15 @@ def main(args):
         penalty, entropy = -controller.kl_coef * kl, -torch.where(mask, logprobs, 0.0).sum(1)
         stats = {"objective/kl": kl, "objective/kl_k3": k3.sum(1), "objective/entropy": entropy, "val/has_eos": has_eos}
         stats |= {"objective/scores": scores, "objective/raw_scores": raw_scores, "val/sequence_lengths": mask.sum(1)}
-        stats |= {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty}
+        means.add(stats | {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty})
         if monitor_fn:
-            stats[f"monitor/{monitor_fn.__name__}"] = call_reward_fn(monitor_fn, rows, texts, device)
-        means.add(stats)
+            means.add({f"monitor/{monitor_fn.__name__}": call_reward_fn(monitor_fn, rows, texts, device)})
         means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
         spread = [masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns)]
-        means.add({"val/explained_var": (spread[1] - spread[0]) / spread[1].clamp(min=1e-8)})
-        metrics = means.reduce() | {"kl_coef": controller.kl_coef, "lr": lr, "episode": update * args.batch_size}
-        metrics |= {"optim/steps": steps, "optim/skipped": attempt - steps, "time/rollout": rolled_out - started}
-        metrics |= {"time/score": scored - rolled_out, "time/update": updated - scored}
-        metrics["eps"] = args.batch_size / (updated - started)
+        means.add({"val/explained_var": (1 - spread[0] / spread[1].clamp(min=1e-8)) * (spread[1] > 1e-8)})
+        metrics = means.reduce() | {"kl_coef": controller.kl_coef, "optim/steps": steps, "optim/skipped": tried - steps}
+        metrics |= {"lr": lr, "episode": update * args.batch_size, "eps": args.batch_size / (updated - started)}
+        metrics |= {"time/rollout": sampled - started, "time/score": scored - sampled, "time/update": updated - scored}
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         run.log(update, metrics, show=[*shown, *(name for name in metrics if name.startswith("monitor/"))])

@@ -128,8 +128,8 @@ def load_tokenizer(path):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        unused = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
+        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
+        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
     return tokenizer
 
 

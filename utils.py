@@ -158,9 +158,9 @@ def load_function(spec, flag):
     module_spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    if not hasattr(function := getattr(module, name, None), "__name__") or not callable(function):
         raise UserError(f"{flag} {spec}: {path} has no function {name}")
-    return getattr(module, name)
+    return function
 
 
 def load_pretrained(auto_class, path, may_miss=(), **options):
@@ -179,10 +179,9 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
         model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of many kinds: a broken file, another shape, a Hub that does not answer
         raise UserError(f"{path}: cannot be loaded as a model: {type(error).__name__}: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if not all(name.endswith(tuple(may_miss)) for name in missing):
-        raise UserError(f"{path}: not a model of this kind: it lacks the weights {', '.join(missing[:3])}")
-    return model.eval(), missing
+    if lacking := sorted(name for name in info["missing_keys"] if not name.endswith(tuple(may_miss))):
+        raise UserError(f"{path}: not a model of this kind: it lacks the weights {', '.join(lacking[:3])}")
+    return model.eval(), sorted(info["missing_keys"])
 
 
 def newest_run(script):
@@ -196,9 +195,10 @@ def newest_run(script):
 def prepare(args):
     """The arguments to run with, before anything is loaded or written: as given, or with --resume those of that run."""
     for field in fields(args):
-        value, least = getattr(args, field.name) or 0, min(field.default, 1) if field.type is int else 0
-        if field.type in (int, float, float | None) and field.name != "seed" and not least <= value < float("inf"):
-            raise UserError(f"--{field.name} {value}: must be at least {least} and finite")
+        value, least = getattr(args, field.name), min(field.default, 1) if field.type is int else 0
+        bounded = field.type in (int, float, float | None) and field.name != "seed"
+        if isinstance(value, (int, float)) and not (least if bounded else -sys.float_info.max) <= value < float("inf"):
+            raise UserError(f"--{field.name} {value}: must be {f'at least {least} and ' * bounded}finite")
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
     if args.resume is None and args.output_dir and Path(args.output_dir).exists():
@@ -210,9 +210,9 @@ def prepare(args):
         raise UserError(f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'no args.json in it'}")
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for field in fields(args):
-        if getattr(args, field.name) not in (field.default, saved[field.name]):
-            raise UserError(f"--resume {args.resume}: --{field.name} differs from that run's own; leave it out")
+    for name, value in saved.items():
+        if not hasattr(args, name) or getattr(args, name) not in (getattr(type(args), name), value):
+            raise UserError(f"--resume {args.resume}: --{name} differs from that run's own; leave it out")
     return replace(args, **saved)
 
 
@@ -285,7 +285,7 @@ class Run:
         if not paths:
             raise UserError(f"--resume {self.folder}: no checkpoint; was it started with --save_every?")
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        for path in self.folder.glob("*s.jsonl") if self.is_main else ():
+        for path in self.folder.glob("[ms]*s.jsonl") if self.is_main else ():  # metrics and samples
             lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
             path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
         return state

@@ -14,7 +14,14 @@ import torch
 from conftest import RecordingSGD, assert_same_gradients, build_tokenizer, read_jsonl, refuses, write_jsonl
 from safetensors.torch import load_file
 from test_ilql_rlhf import TEMPLATE, turns
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import ilql_rlhf
 import utils
@@ -419,6 +426,15 @@ def test_a_model_that_scales_its_logits_is_refused(settings, tmp_path, llama_fol
     with pytest.raises(utils.UserError, match="granite: it scales or caps its logits"):
         run(settings(tmp_path / "run", model=str(tmp_path / "granite")))
     assert not (tmp_path / "run").exists()
+
+
+def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):
+    """Such a layer reads the whole prefill mask: behind the prompt it would meet the empty slots of a static cache."""
+    config = MambaConfig(vocab_size=31, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(utils.UserError, match="mamba: .*linearly"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "mamba")))
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(settings, tmp_path):

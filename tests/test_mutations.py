@@ -51,6 +51,32 @@ BUGS = [
         "utils.py",
     ),
     Bug(
+        "old log-probs in another precision",
+        "old and new log-probs under bf16 come of the same forward: else the first ratio is not 1",
+        "test_learning_rate_zero_changes_nothing[gpt2-bf16]",
+        {"with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == \"bf16\"):":
+         "with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, False):"},
+    ),
+    Bug(
+        "the adaptive coefficient is logged, not charged",
+        "the controller moves a number that no reward sees",
+        "test_the_coefficient_that_adapts_is_the_one_that_is_charged",
+        {"compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)":
+         "compute_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)"},
+    ),
+    Bug(
+        "objective of the raw scores",
+        "what is logged as the objective is not what is trained on",
+        "test_the_coefficient_that_adapts_is_the_one_that_is_charged",
+        {"\"objective/rlhf_reward\": scores + penalty": "\"objective/rlhf_reward\": raw_scores + penalty"},
+    ),
+    Bug(
+        "minibatches of one seed",
+        "runs of another seed would share the order of their minibatches",
+        "test_everything_random_depends_on_the_seed",
+        {"seeded(args.seed, \"minibatches\"": "seeded(1, \"minibatches\""},
+    ),
+    Bug(
         "temperature missing in the policy",
         "sampling at T and scoring at 1 makes the loss that of another policy",
         "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",

@@ -31,6 +31,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    Qwen3NextConfig,
 )
 
 import ppo_rlhf
@@ -321,6 +322,24 @@ def test_early_stop_is_at_its_limit(settings, tmp_path, factor, steps):  # noqa:
     assert lines(folder)[0]["optim/steps"] == steps
 
 
+def stopped_by_one_rank(rank, flags):
+    """approxkl is 0 on rank 0 and 3 on rank 1, so above 1 on average. Returns how many optimizer steps were taken."""
+    original = ppo_rlhf.ppo_loss
+
+    def loss(*args):
+        total, stats = original(*args)
+        return total, stats | {"policy/approxkl_avg": torch.full_like(stats["loss/policy_avg"], 3.0 * rank)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_rlhf, "ppo_loss", loss)
+        return len(watched(rank, flags))
+
+
+def test_early_stop_asks_all_ranks(settings, tmp_path, on_two_ranks):  # noqa: F811
+    flags = settings(tmp_path / "run", "letters", num_epochs=3, early_stop_kl=1.0)
+    assert on_two_ranks(stopped_by_one_rank, flags) == [1, 1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Stop tokens, logged KL, and everything at once
 
@@ -445,11 +464,69 @@ def test_a_config_alone_gives_policy_and_critic_one_start(settings, tmp_path, gp
     assert len(shared) > 10 and all(torch.equal(policy[name], critic[name]) for name in shared)
 
 
-def test_explained_variance_of_nothing_is_nothing(settings, tmp_path):  # noqa: F811
-    """Every return is 1: there is no variance to explain, and a critic of 0 explains none."""
+@pytest.mark.parametrize("zero", [True, False])
+def test_explained_variance_of_nothing_is_nothing(settings, tmp_path, zero):  # noqa: F811
+    """Every return is 1: there is no variance to explain, and no critic explains any, whatever it says."""
+
+    def load(*args):
+        models = load_models(*args)
+        torch.nn.init.normal_(models[2].score.weight, std=0.0 if zero else 0.5)
+        return models
+
     (tmp_path / "one.py").write_text("def one(prompts, responses, **columns):\n    return [1.0] * len(responses)\n")
-    line = lines(run(settings(tmp_path / "run", reward_fn=f"{tmp_path}/one.py:one", lam=1.0)))[0]
-    assert line["loss/value_avg"] == pytest.approx(0.5) and line["val/explained_var"] == 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_rlhf, "load_models", load)
+        line = lines(run(settings(tmp_path / "run", reward_fn=f"{tmp_path}/one.py:one", lam=1.0)))[0]
+    assert (line["loss/value_avg"] == pytest.approx(0.5)) == zero and line["val/explained_var"] == 0.0
+
+
+def test_the_coefficient_that_adapts_is_the_one_that_is_charged(settings, tmp_path):  # noqa: F811
+    """And what the update trains on is what the metrics say: the paid score plus the penalty."""
+    flags = {"updates": 3, "lr": 1e-2, "target_kl_nats": 0.01, "kl_horizon": 100, "missing_eos_score": -1.0}
+    calls = recorded("compute_rewards", settings(tmp_path / "run", "letters", **flags))
+    metrics = lines(tmp_path / "run")
+    assert [args[4] for args, _ in calls] == [line["kl_coef"] for line in metrics]
+    assert len({line["kl_coef"] for line in metrics}) == 3
+    for (_, rewards), line in zip(calls, metrics, strict=True):
+        assert 0 < line["val/has_eos"] < 1 and line["objective/scores"] != line["objective/raw_scores"]
+        assert line["objective/rlhf_reward"] == pytest.approx(rewards.sum(1).mean().item(), abs=1e-5)
+
+
+def test_everything_random_depends_on_the_seed(settings, tmp_path):  # noqa: F811
+    calls = recorded("seeded", settings(tmp_path / "run", seed=7, num_epochs=2, updates=2))
+    assert {args[0] for args, _ in calls} == {7}
+    assert {args[1] for args, _ in calls} == {"prompts", "uniforms", "minibatches"}
+    assert len({args for args, _ in calls}) == len(calls) - 1  # two updates within one pass over the prompts
+
+
+def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):  # noqa: F811
+    """Such a layer reads the whole prefill mask: behind the prompt it would meet the empty slots of a static cache."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    sizes |= {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    sizes |= {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    config = Qwen3NextConfig(
+        vocab_size=31, intermediate_size=16, layer_types=["linear_attention", "full_attention"], **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="linear attention"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "model")))
 
 
 def test_a_long_minimum_means_fixed_length(settings, tmp_path):  # noqa: F811

@@ -756,3 +756,18 @@ def test_reward_function_that_answers_nonsense(answer):
 
     with pytest.raises(utils.UserError, match="quality"):
         call_reward_fn(quality, [{"prompt": "x"}, {"prompt": "y"}], ["a", "b"], "cpu")
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        lambda prompts, responses: [len(response.split()[0]) for response in responses],  # of "" there is none
+        lambda prompts: [0.0, 0.0],
+        lambda prompts, responses: torch.zeros(2, 2),
+        lambda prompts, responses: torch.tensor(1.0),
+    ],
+    ids=["it fails", "its signature", "a matrix", "no sequence"],
+)
+def test_reward_function_that_fails_ends_in_one_line(quality):
+    with pytest.raises(utils.UserError, match="must return a number for each response"):
+        call_reward_fn(quality, [{"prompt": "x"}, {"prompt": "y"}], ["a", ""], "cpu")

@@ -312,7 +312,8 @@ def test_learning_rate_zero_changes_nothing(settings, tmp_path, monkeypatch, req
     monkeypatch.setattr(ppo_rlhf, "policy_loss", watching)
     sizes = {"num_epochs": 3, "num_minibatches": 2, "micro_batch_size": 4, "updates": 2}
     folder = run(settings(tmp_path / "run", model=model, lr=0.0, precision=precision, save_every=2, **sizes))
-    assert len(furthest) == 24 and max(furthest) < (1e-5 if precision == "fp32" else 0.2)
+    assert len(furthest) == 24
+    assert max(furthest) < (1e-5 if precision == "fp32" else 0.2 if torch.cuda.is_available() else 1e-3)
     tolerance = 1e-6 if precision == "fp32" else 1e-2
     for line in lines(folder):
         assert line["val/ratio"] == pytest.approx(1, abs=tolerance)

@@ -176,6 +176,14 @@ def test_pad_is_never_eos(tmp_path, pad_token, spare):
     assert (labels == EOS).sum() == 2 and (labels == loaded.pad_token_id).sum() == 0
 
 
+def test_an_eos_that_is_called_pad_is_no_padding(tmp_path):
+    tokenizer = build_tokenizer("|")
+    tokenizer.add_special_tokens({"eos_token": "<|endofpad|>", "pad_token": "<|endofpad|>"})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = sft.load_tokenizer(str(tmp_path))
+    assert loaded.eos_token == "<|endofpad|>" and loaded.pad_token not in (None, "<|endofpad|>")
+
+
 def special_tokenizer(folder, pattern):
     """A tokenizer that adds BOS 'U' and EOS '|' where the pattern says so, as many published ones do."""
     characters = build_tokenizer().backend_tokenizer

@@ -255,6 +255,8 @@ def test_load_function_finds_a_function_and_names_what_is_missing(tmp_path):
     refused("--reward_fn .*no function CONSTANT", utils.load_function, f"{path}:CONSTANT", "--reward_fn")
     refused("--reward_fn .*no such file", utils.load_function, f"{tmp_path}/nowhere.py:score", "--reward_fn")
     refused("file.py:function", utils.load_function, str(path), "--reward_fn")
+    path.write_text("import functools\nnameless = functools.partial(max)\n")
+    refused("--reward_fn .*no function nameless", utils.load_function, f"{path}:nameless", "--reward_fn")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +390,7 @@ def test_resuming_cuts_later_lines_and_takes_the_newest_complete_checkpoint(tmp_
         if step % 5 == 0:
             run.save_checkpoint(step, model={"w": torch.tensor([step])})
     (run.folder / "samples.jsonl").write_text('{"step": 9, "query": "a"}\n{"step": 11, "query": "b"}\n')
+    (run.folder / "prompts.jsonl").write_text('{"prompt": "a file of the user\'s"}\n')
     (run.folder / "checkpoints" / "step_000015.pt").rename(run.folder / "checkpoints" / "step_000015.pt.tmp")
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 16, "a"')  # the process died while it wrote
@@ -419,6 +422,10 @@ def test_resuming_takes_the_runs_own_arguments_and_refuses_others(tmp_path):
     refused("--lr .*differs", utils.prepare, Args(resume=folder, lr=0.25))
     refused("--output_dir .*differs", utils.prepare, Args(resume=folder, output_dir=str(tmp_path / "other")))
     refused("--resume .*nowhere.*args.json", utils.prepare, Args(resume=str(tmp_path / "nowhere")))
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    record["args"]["flag_of_another_script"] = 1
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    refused("--flag_of_another_script differs", utils.prepare, Args(resume=folder))
 
 
 def test_numbers_that_turn_an_objective_round_are_refused():
@@ -435,6 +442,8 @@ def test_numbers_that_turn_an_objective_round_are_refused():
         refused(f"--{name} {value}: must be at least", utils.prepare, Numbers(**{name: value}))
     for value in (math.nan, math.inf):
         refused("--price .* finite", utils.prepare, Numbers(price=value))
+    for value in (math.nan, math.inf, -math.inf):
+        refused(f"--penalty {value}: must be finite", utils.prepare, Numbers(penalty=value))
 
 
 def test_a_moved_run_can_be_resumed(tmp_path):
