@@ -64,6 +64,10 @@ class Args:
     """learning rate of the first update"""
     lam: float = 0.95
     """GAE's lambda"""
+    cliprange_high: float | None = None
+    """upper side of the clip of the ratio; none: 0.2, as the lower"""
+    early_stop_kl: float | None = None
+    """an update ends before a step whose minibatch has moved further than this; none: never"""
     entropy_coef: float = 0.0
     """entropy bonus"""
     num_minibatches: int = 2
@@ -89,6 +93,8 @@ def train(args, seed, updates, kl_coef):
     flags |= {
         "num_minibatches": args.num_minibatches,
         "lam": args.lam,
+        "cliprange_high": args.cliprange_high,
+        "early_stop_kl": args.early_stop_kl,
         "entropy_coef": args.entropy_coef,
         "save_every": max(updates // args.num_points, 1),
     }
