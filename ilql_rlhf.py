@@ -16,8 +16,7 @@ Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabula
 State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
 environment says is read but is no action, so the state behind a turn is that of the next turn's first action. A turn's
 reward is paid for its last token; terminal marks a row's last action.
-Deviations from the paper's code: one trunk serves pi_beta, Q and V, and only the Q heads have targets (there: two trunks,
-a target of one); heads start at 0 (there: random); AWAC is a mean over action tokens (there: over all tokens).
+Deviations from the paper's code: one trunk (there: two); heads start at 0; AWAC is a mean over action tokens.
 """
 
 import copy
@@ -66,6 +65,8 @@ class Args:
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
     """Q heads; of two, the smaller target counts"""
+    dueling: bool = False
+    """Q = a worth of the state + one of each id: an id that the data seldom takes is worth what the state is, and not 0"""
     tau: float = 0.8
     """expectile, between 0 and 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
     gamma: float = 0.99
@@ -121,23 +122,25 @@ def last_hidden(model, input_ids, attention_mask):
 class ILQL(torch.nn.Module):
     """The policy (trunk and pi_beta), and fp32 heads on its last hidden state: V, Q and target Q."""
 
-    def __init__(self, policy, num_qs, **config):
+    def __init__(self, policy, num_qs, dueling=False, **config):
         super().__init__()
         (V, d), nn = policy.get_output_embeddings().weight.shape, torch.nn
-        v, *qs = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in [1] + [V] * num_qs]
-        self.policy, self.config = policy, {"num_qs": num_qs, **config}
-        for parameter in (parameter for head in (v, *qs) for parameter in head[2].parameters()):
+        sizes = [1, *[V + dueling] * num_qs]  # dueling (Wang et al. 2016): a last row, the state's own, is added to all
+        v, *q = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in sizes]
+        self.policy, self.config = policy, {"num_qs": num_qs, "dueling": dueling, **config}
+        for parameter in (parameter for head in (v, *q) for parameter in head[2].parameters()):
             nn.init.zeros_(parameter)  # no random value is bootstrapped from, none steers
-        self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(qs)})
+        self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(q)})
         self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
 
     def values(self, name, hidden, actions=None):
         """What the heads of a name say at hidden (...,d): "v" one (...,1), each Q (...,V), or (...,1) of actions (...)."""
-        heads, hidden = self.heads[name], hidden.to(self.heads["v"][0][0].weight.dtype)
+        heads, hidden, own = self.heads[name], hidden.to(self.heads["v"][0][0].weight.dtype), self.config["dueling"]
         with torch.autocast(hidden.device.type, enabled=False):
             if actions is None:
-                return [head(hidden) for head in heads]
-            parts = [(head[:2](hidden), F.embedding(actions, head[2].weight), head[2].bias[actions]) for head in heads]
+                return [x[..., :-1] + x[..., -1:] if own and name != "v" else x for x in (f(hidden) for f in heads)]
+            parts = [(head[:2](hidden), head[2].weight, head[2].bias) for head in heads]
+            parts = [(x, F.embedding(actions, w) + own * w[-1], b[actions] + own * b[-1]) for x, w, b in parts]
             return [(x * w).sum(-1, keepdim=True) + b[..., None] for x, w, b in parts]
 
     def forward(self, input_ids, attention_mask, states, actions=None, all_qs=True):
@@ -150,8 +153,7 @@ class ILQL(torch.nn.Module):
         return logits, qs, self.values("target_q", hidden.detach(), actions), vs.squeeze(-1)
 
     def steered_logits(self, hidden, beta, forbidden, temperature=1.0, top_k=None, top_p=1.0):
-        """`steer` at hidden (B,d), -inf for forbidden (V,) ids. Temperature and cuts shape pi_beta before Q and V shift
-        it (trlX: after). Temperature 0 shapes nothing: whoever samples then takes the likeliest token."""
+        """`steer` at hidden (B,d), -inf for forbidden (V,). Temperature (0: none) and cuts precede the shift (trlX: follow)."""
         logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0)
         logits = logits.masked_fill(forbidden, -math.inf)
         logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
@@ -411,8 +413,7 @@ def main(args):
     if args.reward_model:
         scorer, _ = load_pretrained(AutoModelForSequenceClassification, args.reward_model, num_labels=1)
     limits, P = [max(len(row[k]) for row in rows) for k in (0, 1)], max([len(ids) for ids, _ in prompts], default=1)
-    ranks = init_ranks()
-    device, mode = ranks.device, "reduce-overhead" if torch.cuda.is_available() else None
+    device, mode = (ranks := init_ranks()).device, "reduce-overhead" if torch.cuda.is_available() else None
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
     torch.manual_seed(args.seed)
@@ -421,22 +422,21 @@ def main(args):
         raise UserError(f"--max_length: {max(limits[0], P + R)} tokens are more than the positions of {args.model}")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    policy.config.pad_token_id, policy.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad_id, eos, num_ids = tokenizer.pad_token_id, tokenizer.eos_token_id, policy.config.vocab_size
+    policy.config.update({"pad_token_id": pad_id, "eos_token_id": eos})
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
     cache, x = StaticCache(config=policy.config, max_cache_len=P + R), torch.zeros(1, 1).long()  # x: one id
     plain = torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
     if not plain or policy.config.model_type == "gpt_neo" or "Linear" in str([type(layer) for layer in cache.layers]):
         raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally or linearly")
-    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, **statistics).to(device)
+    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.dueling, **statistics).to(device)
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
     groups = [{"params": list(part.parameters())} for part in (ilql.policy, ilql.heads)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
-    pad_id, forbidden = tokenizer.pad_token_id, torch.arange(policy.config.vocab_size, device=device) >= len(tokenizer)
-    forbidden[pad_id] = True  # with the ids that no token has: never sampled
-    stop_ids = [tokenizer.eos_token_id]
-    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
+    forbidden = torch.tensor([i >= len(tokenizer) or i == pad_id for i in range(num_ids)], device=device)
+    sampling = {"stop_ids": [eos], "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
     weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))

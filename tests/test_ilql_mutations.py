@@ -68,6 +68,14 @@ def padded_heads(request):
     parts.test_heads_stand_at_the_states_of_rows_without_padding(request.getfixturevalue("gpt2_folder"))
 
 
+def own_output(request):
+    parts.test_dueling_adds_the_states_own_output_to_that_of_every_id(request.getfixturevalue("gpt2_folder"))
+
+
+def own_output_at_actions(request):
+    parts.test_heads_at_the_actions_alone_are_the_whole_ones_there(request.getfixturevalue("gpt2_folder"), True)
+
+
 def long_rows(request):
     parts.test_long_prompts_lose_their_start_and_no_row_its_end(
         *map(request.getfixturevalue, ("tokenizer", "chat_tokenizer", "capsys"))
@@ -120,6 +128,16 @@ MUTANTS = {
         "dict(zip(ends[-len(rewards) :], rewards))",
         "dict(zip(ends[::-1], rewards))",
         (dialogue, step),
+    ),
+    "the state's own output counts for the wrong ids": (
+        "x[..., :-1] + x[..., -1:] if own",
+        "x[..., 1:] + x[..., :1] if own",
+        (own_output,),
+    ),
+    "the state's own output is forgotten at the actions": (
+        "F.embedding(actions, w) + own * w[-1], b[actions] + own * b[-1])",
+        "F.embedding(actions, w), b[actions])",
+        (own_output_at_actions,),
     ),
     "rewards cut to integers": ("[0.0 if x is None else (x - mean)", "[0.0 if x is None else (int(x) - mean)", (step,)),
     "a row cut at its end": (

@@ -287,10 +287,10 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-def build(folder, num_qs=2, scale=3.0):
+def build(folder, num_qs=2, scale=3.0, dueling=False):
     """A module whose heads are random and large enough that steering moves tokens; targets differ from the online heads."""
     torch.manual_seed(5)
-    ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, folder)[0], num_qs)
+    ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, folder)[0], num_qs, dueling)
     for parameter in ilql.heads.parameters():
         parameter.data.normal_(0, scale * parameter.shape[-1] ** -0.5)
     return ilql.eval()
@@ -324,9 +324,44 @@ def test_heads_stand_at_the_states_of_rows_without_padding(folder):
 
 
 @torch.no_grad()
-def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder):
-    ilql, batch = build(folder), batch_of(ROWS, STATES, extra=1)
-    actions = torch.randint(ilql.heads["q"][0][2].out_features, batch[2].shape, generator=utils.seeded(3, "actions"))
+def test_dueling_adds_the_states_own_output_to_that_of_every_id(folder):
+    plain, ilql = build(folder), build(folder, dueling=True)
+    batch, num_ids = batch_of(ROWS, STATES), plain.heads["q"][0][2].out_features
+    hidden = ilql_rlhf.last_hidden(ilql.policy, *batch[:2]).take_along_dim(batch[2][..., None], 1)
+    _, qs, target_qs, vs = ilql(*batch)
+    for name, values in (("q", qs), ("target_q", target_qs)):
+        for head, q in zip(ilql.heads[name], values, strict=True):
+            parts = head(hidden)  # (B,A,V + 1)
+            assert parts.shape[-1] == num_ids + 1 and q.shape[-1] == num_ids
+            for a in range(num_ids):
+                torch.testing.assert_close(q[..., a], parts[..., a] + parts[..., num_ids])
+    assert ilql.heads["v"][0][2].out_features == 1  # V has no second part
+    torch.testing.assert_close(vs, ilql.heads["v"][0](hidden).squeeze(-1))
+
+
+def test_dueling_lets_an_id_that_the_data_never_takes_follow_its_state(gpt2_folder):
+    """After some steps towards a reward of 1 its worth has left 0, where it stays without dueling."""
+    batch, untaken = batch_of(ROWS, STATES), 20
+    mask = torch.arange(batch[2].shape[1]) < torch.tensor([[len(states)] for states in STATES])
+    for dueling in (False, True):
+        ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0], 1, dueling)
+        optimizer = torch.optim.AdamW(ilql.heads.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(40):
+            logits, qs, target_qs, vs = ilql(*batch, actions := torch.where(mask, batch[2] + 5, 0))
+            case = (qs, target_qs, vs, vs, logits, actions, torch.ones_like(vs), mask, mask)
+            ilql_rlhf.ilql_loss(*case, 0.5, 1.0, 0.0, 0.0, 0.0)["total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        worth = ilql(*batch)[1][0][..., untaken][mask]
+        assert worth.min() > 0.25 if dueling else not worth.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dueling", [False, True])
+def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder, dueling):
+    ilql, batch = build(folder, dueling=dueling), batch_of(ROWS, STATES, extra=1)
+    num_ids = ilql.policy.config.vocab_size
+    actions = torch.randint(num_ids, batch[2].shape, generator=utils.seeded(3, "actions"))
     logits, qs, target_qs, vs = ilql(*batch)
     for all_qs in (True, False):
         logits_too, some_qs, some_targets, vs_too = ilql(*batch, actions, all_qs)
@@ -339,14 +374,15 @@ def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder):
         assert {x.shape[-1] for x in some_targets} == {1} and (some_qs[0].shape[-1] > 1) == all_qs
 
 
-def test_the_loss_from_q_at_the_actions_alone_is_that_from_all(folder):
+@pytest.mark.parametrize("dueling", [False, True])
+def test_the_loss_from_q_at_the_actions_alone_is_that_from_all(folder, dueling):
     """With cql_weight 0, the same numbers and gradients of every parameter."""
     results, batch = [], batch_of(ROWS, STATES)
     mask = torch.arange(batch[2].shape[1]) < torch.tensor([[len(states)] for states in STATES])
     actions = torch.randint(12, mask.shape, generator=utils.seeded(3, "actions"))
     rewards, terminal = normal(*mask.shape), ~torch.nn.functional.pad(mask[:, 1:], (0, 1)) & mask
     for arguments in ((), (actions, False), (actions, True)):
-        ilql = build(folder, scale=0.5)
+        ilql = build(folder, scale=0.5, dueling=dueling)
         logits, qs, target_qs, vs = ilql(*batch, *arguments)
         next_vs = torch.nn.functional.pad(vs[:, 1:], (0, 1))
         case = (qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask)
@@ -392,15 +428,16 @@ def test_q_and_v_are_fp32_under_bf16_autocast(gpt2_folder):
     assert 0 < (vs - exact[3]).abs().max() < 1
 
 
-def test_saved_and_loaded_again(folder, tmp_path):
-    ilql = build(folder)
+@pytest.mark.parametrize("dueling", [False, True])
+def test_saved_and_loaded_again(folder, tmp_path, dueling):
+    ilql = build(folder, dueling=dueling)
     ilql.config |= {"reward_mean": 0.5, "reward_std": 2.0}
     ilql.save_pretrained(tmp_path)
     assert {"ilql_heads.safetensors", "ilql_config.json"} <= {path.name for path in tmp_path.iterdir()}
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     loaded = ilql_rlhf.load_ilql(str(tmp_path))
-    assert loaded.config == {"num_qs": 2, "reward_mean": 0.5, "reward_std": 2.0}
+    assert loaded.config == {"num_qs": 2, "dueling": dueling, "reward_mean": 0.5, "reward_std": 2.0}
     for name, tensor in ilql.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
