@@ -66,6 +66,10 @@ class Args:
     """GAE's lambda"""
     cliprange_high: float | None = None
     """upper side of the clip of the ratio; none: 0.2, as the lower"""
+    cliprange_value: float = 0.2
+    """a value counts at most this far from its old one; rewards are 0 to 1 in the exact experiment"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
     early_stop_kl: float | None = None
     """an update ends before a step whose minibatch has moved further than this; none: never"""
     entropy_coef: float = 0.0
@@ -94,6 +98,8 @@ def train(args, seed, updates, kl_coef):
         "num_minibatches": args.num_minibatches,
         "lam": args.lam,
         "cliprange_high": args.cliprange_high,
+        "cliprange_value": args.cliprange_value,
+        "vf_coef": args.vf_coef,
         "early_stop_kl": args.early_stop_kl,
         "entropy_coef": args.entropy_coef,
         "save_every": max(updates // args.num_points, 1),
