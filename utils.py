@@ -154,7 +154,7 @@ def load_function(spec, flag):
     """The function named by `path/to/file.py:name`."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"{flag} {spec}: no such file; give path/to/file.py:function")
+        raise UserError(f"{flag} {spec}: no such file, or no name behind it; give path/to/file.py:function")
     module_spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -285,7 +285,7 @@ class Run:
         if not paths:
             raise UserError(f"--resume {self.folder}: no checkpoint; was it started with --save_every?")
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        for path in self.folder.glob("[ms]*s.jsonl") if self.is_main else ():  # metrics and samples
+        for path in filter(Path.exists, map(self.folder.joinpath, ["metrics.jsonl", "samples.jsonl"] * self.is_main)):
             lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
             path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
         return state

@@ -769,5 +769,5 @@ def test_reward_function_that_answers_nonsense(answer):
     ids=["it fails", "its signature", "a matrix", "no sequence"],
 )
 def test_reward_function_that_fails_ends_in_one_line(quality):
-    with pytest.raises(utils.UserError, match="must return a number for each response"):
+    with pytest.raises(utils.UserError, match="gives no number for each response: .*Error"):
         call_reward_fn(quality, [{"prompt": "x"}, {"prompt": "y"}], ["a", ""], "cpu")

@@ -390,7 +390,7 @@ def test_resuming_cuts_later_lines_and_takes_the_newest_complete_checkpoint(tmp_
         if step % 5 == 0:
             run.save_checkpoint(step, model={"w": torch.tensor([step])})
     (run.folder / "samples.jsonl").write_text('{"step": 9, "query": "a"}\n{"step": 11, "query": "b"}\n')
-    (run.folder / "prompts.jsonl").write_text('{"prompt": "a file of the user\'s"}\n')
+    (run.folder / "my_prompts.jsonl").write_text('{"prompt": "a file of the user\'s"}\n')
     (run.folder / "checkpoints" / "step_000015.pt").rename(run.folder / "checkpoints" / "step_000015.pt.tmp")
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 16, "a"')  # the process died while it wrote
