@@ -153,7 +153,8 @@ def draw_exact(runs, args, path):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("optimality of sampled walks")
     axes[1].legend(loc="lower right", frameon=False)
-    figure.suptitle(f"PPO with the exact reward: mean of {len(args.seeds)} seeds, band from least to greatest")
+    num_seeds = len([run for run in runs if run["updates"] == args.lengths[0]])
+    figure.suptitle(f"PPO with the exact reward: mean of {num_seeds} seeds, band from least to greatest")
     figure.savefig(path, dpi=150)
 
 
