@@ -409,7 +409,7 @@ def call_reward_fn(function, rows, responses, device):
     except Exception as error:  # the user's code, or an answer that is no sequence of numbers
         raise UserError(f"{function.__name__} gives no number for each response: {error!r}") from error
     if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
-        raise UserError(f"{function.__name__} returned {scores} for {responses}, not a finite number for each")
+        raise UserError(f"{function.__name__} returned {scores} for {len(rows)} responses, not a finite number each")
     return torch.tensor(scores, device=device)
 
 
