@@ -152,10 +152,10 @@ class ILQL(torch.nn.Module):
         qs = self.values("q", hidden, None if all_qs else actions)
         return logits, qs, self.values("target_q", hidden.detach(), actions), vs.squeeze(-1)
 
-    def steered_logits(self, hidden, beta, forbidden, temperature=1.0, top_k=None, top_p=1.0):
-        """`steer` at hidden (B,d), -inf for forbidden (V,). Temperature (0: none) and cuts precede the shift (trlX: follow)."""
+    def steered_logits(self, hidden, beta, bias, temperature=1.0, top_k=None, top_p=1.0):
+        """`steer` at hidden (B,d); bias (V,): -inf, or 0. Temperature (0: none) and cuts precede the shift (trlX: follow)."""
         logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0)
-        logits = logits.masked_fill(forbidden, -math.inf)
+        logits = logits + bias
         logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
         logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
         return steer(logits, self.values("target_q", hidden), self.values("v", hidden)[0].squeeze(-1), beta)
@@ -237,7 +237,7 @@ def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, b
 def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
     """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token
     over a static cache of at least P + R slots. query_mask (B,P): real tokens. uniforms (B,R) in [0,1) are all the
-    randomness. A row is pad_id behind its first stop id. options: forbidden (V,), and more of `ILQL.steered_logits`."""
+    randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
     (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
     cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
@@ -435,8 +435,8 @@ def main(args):
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
     groups = [{"params": list(part.parameters())} for part in (ilql.policy, ilql.heads)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
-    forbidden = torch.tensor([i >= len(tokenizer) or i == pad_id for i in range(num_ids)], device=device)
-    sampling = {"stop_ids": [eos], "pad_id": pad_id, "forbidden": forbidden, "cache": cache, "step": decode_step}
+    bias = torch.tensor([-math.inf if i >= len(tokenizer) or i == pad_id else 0.0 for i in range(num_ids)]).to(device)
+    sampling = {"stop_ids": [eos], "pad_id": pad_id, "bias": bias, "cache": cache, "step": decode_step}
     weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))

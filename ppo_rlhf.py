@@ -124,14 +124,13 @@ def predicting(response_length, device):
     return torch.arange(-response_length - 1, -1, device=device)
 
 
-def response_logits(policy, input_ids, attention_mask, response_length, forbidden, hidden=False):
-    """Logits (B,R,V) that predict the response's tokens, -inf for forbidden ids; and, if asked, the head's inputs (B,R,d)."""
+def response_logits(policy, input_ids, attention_mask, response_length, bias, hidden=False):
+    """Logits (B,R,V) that predict the response's tokens, plus `logit_bias` (V,); and, if asked, the head's inputs (B,R,d)."""
     keep = predicting(response_length, input_ids.device)
     inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": keep, "use_cache": False}
     inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": hidden}
     outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
-    hidden = outputs.hidden_states[-1][:, keep] if hidden else None
-    return outputs.logits.masked_fill(forbidden, -math.inf), hidden
+    return outputs.logits + bias, outputs.hidden_states[-1][:, keep] if hidden else None
 
 
 def score_head(model, hidden):
@@ -164,10 +163,10 @@ class ActorCritic(torch.nn.Module):
         super().__init__()
         self.policy, self.critic, self.entropy_coef = policy, critic, entropy_coef
 
-    def forward(self, input_ids, attention_mask, response_length, temperature, forbidden):
+    def forward(self, input_ids, attention_mask, response_length, temperature, bias):
         """logprobs, entropy, values of the response's tokens, each (B,R); without a critic logprobs, the tensor, alone."""
         shared = self.critic is not None and self.critic.base_model is self.policy.base_model
-        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, forbidden, shared)
+        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, bias, shared)
         logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
         if self.critic is None:
             return logprobs
@@ -176,58 +175,57 @@ class ActorCritic(torch.nn.Module):
         return logprobs, entropy if self.entropy_coef else entropy.detach(), score_head(self.critic, hidden)
 
 
-def forbidden_ids(policy, tokenizer):
-    """(V,) bool: pad, and ids that no token has; never sampled, and -inf for policy and reference alike."""
+def logit_bias(policy, tokenizer):
+    """(V,) to add to logits: -inf for pad and ids that no token has, which neither policy nor reference can say; else 0."""
     ids = torch.arange(policy.config.vocab_size, device=policy.device)
-    return (ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id)
+    return torch.where((ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id), -math.inf, 0.0)
 
 
-def first_above(p, target):
-    """First index (B,1) at which the cumulative sum of p (B,n) exceeds target (B,1), and the sum before. There p > 0."""
-    cumulative = p.cumsum(-1)
-    found = ((cumulative > target) | (cumulative == cumulative[:, -1:])) & (p > 0)
-    index = torch.where(found, 2.0, p).argmax(-1, keepdim=True)  # the first found; if rounding left none, the likeliest
-    return index, (cumulative - p).gather(1, index)
+def first_above(weights, target):
+    """First index (B,1) with weight at which the cumulative sum of weights (B,n) exceeds target (B,1), and the sum before."""
+    cumulative = weights.cumsum(-1)
+    found = ((cumulative > target) | (cumulative == cumulative[:, -1:])) & (weights > 0)
+    index = torch.where(found, math.inf, weights).argmax(-1, keepdim=True)  # if rounding left none, the heaviest
+    return index, (cumulative - weights).gather(1, index)
 
 
-def sample_tokens(logits, uniforms, temperature, forbidden=None):
+def sample_tokens(logits, uniforms, temperature, bias=0.0):
     """One token id per row (B,) by inverse CDF: the first id whose cumulative probability exceeds u times the total.
     logits (B,V); uniforms (B,) in [0,1) are all the randomness there is. temperature 0 takes the most likely token."""
-    logits = logits.float() if forbidden is None else logits.float().masked_fill(forbidden, -math.inf)
+    logits = logits.float() + bias
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    blocks = F.pad(probabilities, (0, -logits.shape[-1] % 64)).unflatten(-1, (-1, 64))  # one cumsum over V is slow
-    target = uniforms[:, None] * probabilities.sum(-1, keepdim=True)
-    block, before = first_above(blocks.sum(-1), target)
-    index, _ = first_above(blocks.gather(1, block[..., None].expand(-1, -1, 64)).squeeze(1), target - before)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    blocks = F.pad(logits, (0, -logits.shape[-1] % 64), value=-math.inf).unflatten(-1, (-1, 64))
+    weights = blocks.exp().sum(-1)  # of each block of 64 ids: one cumulative sum over V is slow
+    block, before = first_above(weights, target := uniforms[:, None] * weights.sum(-1, keepdim=True))
+    index, _ = first_above(blocks.take_along_dim(block[..., None], 1).squeeze(1).exp(), target - before)
     return (64 * block + index).squeeze(1)
 
 
-def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, forbidden):
+def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, bias=0.0):
     """Feed tokens (B,n) to the model and sample the next one (B,) of each row."""
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
     logits = model(tokens, **inputs, logits_to_keep=tokens.new_full((1,), -1)).logits  # no slice: see `predicting`
-    return sample_tokens(logits[:, -1], uniforms, temperature, forbidden)
+    return sample_tokens(logits[:, -1], uniforms, temperature, bias)
 
 
 @torch.no_grad()
-def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden=None, min_length=0,
+def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, bias=0.0, min_length=0,
              step=decode_step, cache=None):  # fmt: skip
-    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token.
-    query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. forbidden (V,): never sampled. A row is pad_id
-    behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: one that drops ended rows."""
+    """Sample a response (B,R) to each left padded query (B,P): one `step`, perhaps compiled, per token; the first of them reads
+    the query. query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. bias (V,): as in `logit_bias`. A row
+    is pad_id behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: ended rows leave it."""
     (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
     stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    responses, decode = torch.full((B, R), pad_id, device=device), decode_step  # which prefills; then comes `step`
-    rows = torch.arange(B, device=device)  # those that are still decoded
+    responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
     key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    decode = step if drops else decode_step  # the prefill, which makes a new cache: no CUDA graph may, if it is to stay
     tokens, positions = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
     for t in range(R):
-        inputs = (tokens, positions, key_mask, uniforms[rows, t], temperature, forbidden)
-        tokens = decode(model, cache, *inputs).clone()
+        tokens = decode(model, cache, tokens, positions, key_mask, uniforms[rows, t], temperature, bias).clone()
         responses[rows, t] = torch.where(ended, pad_id, tokens)
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
         key_mask[:, P + t] = 1
@@ -252,10 +250,12 @@ def response_mask(responses, stop_ids, min_length=0):
 def token_logprobs(logits, tokens, temperature):
     """Log-probability of each token and entropy of each distribution softmax(logits / T), both (B,R), in nats and fp32;
     logits (B,R,V), of which some may be -inf, at the positions that predict the tokens (B,R)."""
-    all_logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
-    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
-    entropy = -(all_logprobs.exp() * all_logprobs.masked_fill(all_logprobs == -math.inf, 0.0)).sum(-1)
-    return logprobs, entropy
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    said = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]  # a gather whose backward fuses
+    total = (weights := logits.exp()).sum(-1)
+    entropy = total.log() - (weights * logits.clamp(min=-1e30)).sum(-1) / total  # 0 times infinity is NaN
+    return torch.where(said, logits, 0.0).sum(-1) - total.log(), entropy
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
@@ -487,8 +487,8 @@ def main(args):
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
-    forbidden, pad_id = forbidden_ids(policy, tokenizer), tokenizer.pad_token_id
-    sampling = {"forbidden": forbidden, "min_length": args.min_length, "step": step}
+    bias, pad_id = logit_bias(policy, tokenizer), tokenizer.pad_token_id
+    sampling = {"bias": bias, "min_length": args.min_length, "step": step}
     sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R) if device.type == "cuda" else None
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
@@ -516,8 +516,8 @@ def main(args):
         sampled, parts = clock(device), []
         for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                logprobs, _, values = train_model(ids, attention, R, args.temperature, forbidden)
-                ref_logprobs = frozen(ids, attention, R, args.temperature, forbidden)
+                logprobs, _, values = train_model(ids, attention, R, args.temperature, bias)
+                ref_logprobs = frozen(ids, attention, R, args.temperature, bias)
                 scores = score(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
             parts.append((logprobs, values, ref_logprobs, scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
@@ -549,7 +549,7 @@ def main(args):
                 ids, attention, *old = (x[index] for x in batch)
                 train_model.require_backward_grad_sync = k == len(micro_batches)
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                    new = train_model(ids, attention, R, args.temperature, forbidden)
+                    new = train_model(ids, attention, R, args.temperature, bias)
                     loss_sum, stats = ppo_loss(*new, *old, args)
                 (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
                 checks.add(stats, old[-1])

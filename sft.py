@@ -52,7 +52,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"
     """what the forward and backward compute in; weights and optimizer state are fp32 always"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the training forward"""
+    """torch.compile the training forward and its loss"""
     log_every: int = 20
     """steps between two lines of metrics"""
     eval_every: int = 200
@@ -213,7 +213,7 @@ def main(args):
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.to(ranks.device)
-    train_model = wrap(model, ranks, args.compile)
+    train_model, loss_fn = wrap(model, ranks, args.compile), torch.compile(token_loss) if args.compile else token_loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
@@ -238,7 +238,7 @@ def main(args):
             input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
             train_model.require_backward_grad_sync = k == len(parts)
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-                loss_sum, token_count = token_loss(forward(train_model, input_ids, attention_mask), labels)
+                loss_sum, token_count = loss_fn(forward(train_model, input_ids, attention_mask), labels)
             (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
             means.add({"train/sft/loss": loss_sum / token_count}, token_count)
 

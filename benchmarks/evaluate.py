@@ -48,12 +48,12 @@ from ilql_rlhf import generate_steered, load_ilql
 from ppo_rlhf import (
     call_reward_fn,
     encode_prompts,
-    forbidden_ids,
     generate,
     last_hidden,
     last_token_scores,
     left_pad,
     load_tokenizer,
+    logit_bias,
     response_logits,
     response_mask,
     stop_token_ids,
@@ -194,13 +194,13 @@ def check_tokenizer(path, flag, tokenizer, model):
 
 
 def load_policy(path, flag, tokenizer, device):
-    """(policy, forbidden): a causal model, and True (V,) for the ids that are never sampled, as in ppo_rlhf.py."""
+    """(policy, bias): a causal model, and the `logit_bias` (V,) of ppo_rlhf.py."""
     policy, _ = load_pretrained(AutoModelForCausalLM, path)
     if any("SequenceClassification" in name for name in policy.config.architectures or ()):
         raise UserError(f"{flag} {path}: a reward model, not a language model")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return policy.requires_grad_(False).to(device), forbidden_ids(policy, tokenizer).to(device)
+    return policy.requires_grad_(False).to(device), logit_bias(policy, tokenizer).to(device)
 
 
 class SteeredPolicy:
@@ -210,14 +210,14 @@ class SteeredPolicy:
         self.ilql, self.beta = load_ilql(path).requires_grad_(False).to(device), beta
         self.config = self.ilql.policy.config
 
-    def generate(self, queries, query_mask, uniforms, temperature, stop_ids, pad_id, forbidden):
-        options = {"temperature": temperature, "forbidden": forbidden}
+    def generate(self, queries, query_mask, uniforms, temperature, stop_ids, pad_id, bias):
+        options = {"temperature": temperature, "bias": bias}
         return generate_steered(self.ilql, queries, query_mask, uniforms, self.beta, stop_ids, pad_id, **options)
 
-    def response_logits(self, input_ids, attention_mask, response_length, forbidden, temperature):
+    def response_logits(self, input_ids, attention_mask, response_length, bias, temperature):
         """(B,R,V) that predict the response's tokens: log-probabilities but for a constant, at temperature 1."""
         hidden = last_hidden(self.ilql.policy, input_ids, attention_mask)[:, -response_length - 1 : -1]
-        logits = self.ilql.steered_logits(hidden.flatten(0, 1), self.beta, forbidden, temperature)
+        logits = self.ilql.steered_logits(hidden.flatten(0, 1), self.beta, bias, temperature)
         return logits.view(*hidden.shape[:2], -1)
 
 
@@ -236,11 +236,11 @@ def load_reward_model(path, device):
 def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, ranks, name):
     """One dict a response: query, response, scores {name: float}, length, has_eos, and with a reference kl and nll.
 
-    policies: (sampler, policy, forbidden, reference, ref_forbidden), the last two None without a reference.
+    policies: (sampler, policy, bias, reference, ref_bias), the last two None without a reference.
     scorers: {name: function(rows, texts, input_ids, attention_mask) -> (B,)}. prompts: [(token ids, row)], one for each
     response. uniforms (N,R).
     """
-    sampler, policy, forbidden, reference, ref_forbidden = policies
+    sampler, policy, bias, reference, ref_bias = policies
     device, R, size = ranks.device, uniforms.shape[1], args.batch_size
     stop_ids, pad_id = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), tokenizer.pad_token_id
     P, results, is_steered = max(len(ids) for ids, _ in prompts), [], isinstance(policy, SteeredPolicy)
@@ -249,7 +249,7 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         rows = [row for _, row in prompts[part]]
         queries, query_mask = left_pad([ids for ids, _ in prompts[part]], P, pad_id, device)
         block = uniforms[part].to(device)
-        inputs = (queries, query_mask, block, temperature, stop_ids, pad_id, forbidden)
+        inputs = (queries, query_mask, block, temperature, stop_ids, pad_id, bias)
         responses = policy.generate(*inputs) if is_steered else generate(sampler, *inputs, args.min_length)
         mask = response_mask(responses, stop_ids, args.min_length)
         has_eos = torch.isin(responses, torch.tensor(stop_ids, device=device)) & mask
@@ -265,14 +265,14 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
             scores = {key: scorer(rows, texts, input_ids, attention_mask).tolist() for key, scorer in scorers.items()}
             if reference is not None:
-                ref_logits, _ = response_logits(reference, input_ids, attention_mask, R, ref_forbidden)
+                ref_logits, _ = response_logits(reference, input_ids, attention_mask, R, ref_bias)
                 nll = -token_logprobs(ref_logits, responses, 1.0)[0]
                 columns["nll"] = torch.where(mask, nll, 0.0).sum(1).tolist()
             if reference is not None and temperature > 0:
                 if is_steered:  # the temperature is inside already
-                    logits = policy.response_logits(input_ids, attention_mask, R, forbidden, temperature)
+                    logits = policy.response_logits(input_ids, attention_mask, R, bias, temperature)
                 else:
-                    logits, _ = response_logits(policy, input_ids, attention_mask, R, forbidden)
+                    logits, _ = response_logits(policy, input_ids, attention_mask, R, bias)
                 logprobs, _ = token_logprobs(logits, responses, 1.0 if is_steered else temperature)
                 ref_logprobs, _ = token_logprobs(ref_logits, responses, temperature)
                 columns["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).tolist()
@@ -450,7 +450,7 @@ def main(args):
         order = order[: args.num_samples // max(args.best_of_n, default=1)]
         rows = [order[i % len(order)] for i in range(args.num_samples)]  # the prompt of each response
 
-        policy, forbidden = load_policy(args.model, "--model", tokenizer, device)
+        policy, bias = load_policy(args.model, "--model", tokenizer, device)
         limit = getattr(policy.config, "window_size", None) or getattr(policy.config, "max_position_embeddings", None)
         longest = max(len(prompts[i][0]) for i in order)
         if limit and longest + args.response_length > limit:
@@ -458,9 +458,9 @@ def main(args):
                 f"--response_length {args.response_length}: with prompts of {longest} tokens that is more than the "
                 f"{limit} positions of --model {args.model}; lower it or --query_length"
             )
-        reference, ref_forbidden = None, None
+        reference, ref_bias = None, None
         if args.ref_model:
-            reference, ref_forbidden = load_policy(args.ref_model, "--ref_model", tokenizer, device)
+            reference, ref_bias = load_policy(args.ref_model, "--ref_model", tokenizer, device)
         if args.beta is not None:
             policy = SteeredPolicy(args.model, args.beta, device)
         sampler = policy
@@ -468,7 +468,7 @@ def main(args):
             sampler = copy.deepcopy(policy)
             for parameter in sampler.parameters():
                 parameter.data = parameter.data.bfloat16()
-        policies = (sampler, policy, forbidden, reference, ref_forbidden)
+        policies = (sampler, policy, bias, reference, ref_bias)
         scorers = {}
         for path, name in zip(args.reward_models, model_names, strict=True):
             model = load_reward_model(path, device)

@@ -460,12 +460,12 @@ def test_steer_is_the_definition():
 
 
 QUERIES = [[5], [6, 7, 8, 9, 10, 11, 12], [9, 3, 9], [14, 15, 16, 17, 2]]
-FORBIDDEN = torch.arange(31) == PAD
+BIAS = torch.where(torch.arange(31) == PAD, -INF, 0.0)
 
 
 def sample(ilql, uniforms, beta, extra=0, **options):
     queries, query_mask = ppo_rlhf.left_pad(QUERIES, 7 + extra, PAD, "cpu")
-    options = {"stop_ids": [EOS], "pad_id": PAD, "forbidden": FORBIDDEN, **options}
+    options = {"stop_ids": [EOS], "pad_id": PAD, "bias": BIAS, **options}
     return ilql_rlhf.generate_steered(ilql, queries, query_mask, uniforms, beta, **options)
 
 
@@ -477,7 +477,7 @@ def test_beta_zero_decodes_as_the_behaviour_policy(folder, temperature):
     for seed in range(3):
         uniforms = uniform(4, 12, seed=seed)
         queries, query_mask = ppo_rlhf.left_pad(QUERIES, 7, PAD, "cpu")
-        expected = ppo_rlhf.generate(ilql.policy, queries, query_mask, uniforms, temperature, [EOS], PAD, FORBIDDEN)
+        expected = ppo_rlhf.generate(ilql.policy, queries, query_mask, uniforms, temperature, [EOS], PAD, BIAS)
         assert torch.equal(sample(ilql, uniforms, 0.0, temperature=temperature), expected)
         assert not torch.equal(sample(ilql, uniforms, 2.0, temperature=temperature), expected)
 
@@ -492,7 +492,7 @@ def test_generate_steered_is_the_slow_loop(folder, beta, temperature):
             expected = []
             while len(expected) < 10 and EOS not in expected:
                 output = ilql.policy(torch.tensor([query + expected]), output_hidden_states=True)
-                h, logits = output.hidden_states[-1][0, -1], output.logits[0, -1].masked_fill(FORBIDDEN, -INF)
+                h, logits = output.hidden_states[-1][0, -1], output.logits[0, -1] + BIAS
                 advantage = torch.minimum(*(q(h) for q in ilql.heads["target_q"])) - ilql.heads["v"][0](h)
                 steered = torch.log_softmax(logits / (temperature or 1.0), -1) + beta * advantage
                 cumulative = steered.softmax(-1).cumsum(-1)
@@ -505,9 +505,9 @@ def test_generate_steered_is_the_slow_loop(folder, beta, temperature):
 def test_cuts_are_made_under_the_behaviour_policy_before_the_shift(gpt2_folder):
     ilql = build(gpt2_folder)
     hidden = normal(6, 16, dtype=torch.float32)
-    logits = ilql.policy.lm_head(hidden).masked_fill(FORBIDDEN, -INF)
+    logits = ilql.policy.lm_head(hidden) + BIAS
     for options in ({"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.8, "temperature": 0.7}):
-        steered = ilql.steered_logits(hidden, 5.0, FORBIDDEN, **options)
+        steered = ilql.steered_logits(hidden, 5.0, BIAS, **options)
         for i in range(6):
             p = torch.softmax(logits[i] / options.get("temperature", 1.0), 0)
             ordered = p.argsort(descending=True)[: options.get("top_k", 31)].tolist()
@@ -521,10 +521,10 @@ def test_cuts_are_made_under_the_behaviour_policy_before_the_shift(gpt2_folder):
             target = torch.minimum(*(q(hidden[i]) for q in ilql.heads["target_q"]))
             expected = torch.log(p[kept] / p[kept].sum()) + 5.0 * (target - value)[kept]
             torch.testing.assert_close(steered[i, kept], expected, atol=1e-4, rtol=1e-4)
-    late = ilql.steered_logits(hidden, 5.0, FORBIDDEN).topk(3).indices  # what cutting the sum would keep
+    late = ilql.steered_logits(hidden, 5.0, BIAS).topk(3).indices  # what cutting the sum would keep
     assert any(
         not early[tokens].isfinite().all()
-        for early, tokens in zip(ilql.steered_logits(hidden, 5.0, FORBIDDEN, top_k=3), late)
+        for early, tokens in zip(ilql.steered_logits(hidden, 5.0, BIAS, top_k=3), late)
     )
 
 

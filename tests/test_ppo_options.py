@@ -76,14 +76,14 @@ def test_shared_trunk_is_one_trunk(model_folder, llama_rm_folder):
     torch.nn.init.normal_(critic.score.weight)
     ids, mask = torch.randint(2, 28, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     mask[0, :3] = mask[1, 10:] = False
-    forbidden = torch.zeros(policy.config.vocab_size, dtype=torch.bool)
+    bias = torch.zeros(policy.config.vocab_size)
     apart_critic = copy.deepcopy(critic)  # the same function as a network of its own
-    both = [ActorCritic(policy, c)(ids, mask, 5, 0.7, forbidden) for c in (critic, apart_critic)]
+    both = [ActorCritic(policy, c)(ids, mask, 5, 0.7, bias) for c in (critic, apart_critic)]
     for shared, separate in zip(*both, strict=True):
         torch.testing.assert_close(shared, separate, atol=1e-5, rtol=1e-5)
     hidden = last_hidden(critic, ids, mask)[:, predicting(5, ids.device)]
     torch.testing.assert_close(both[0][2], score_head(critic, hidden), atol=1e-5, rtol=1e-5)
-    logits, states = response_logits(policy, ids, mask, 5, forbidden, hidden=True)
+    logits, states = response_logits(policy, ids, mask, 5, bias, hidden=True)
     torch.testing.assert_close(policy.get_output_embeddings()(states), logits, atol=1e-5, rtol=1e-5)
 
 

@@ -311,11 +311,9 @@ def test_adaptive_kl():
 # sample_tokens
 
 
-def inverse_cdf(logits, u, temperature, forbidden=None):
+def inverse_cdf(logits, u, temperature, bias=0.0):
     """The first id whose fp32 cumulative probability exceeds u times the last one: the definition, one row, a loop."""
-    logits = logits.float().clone()
-    if forbidden is not None:
-        logits[forbidden] = -INF
+    logits = logits.float() + bias
     if temperature == 0:
         return max(range(len(logits)), key=lambda i: logits[i].item())
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)
@@ -329,11 +327,11 @@ def test_sample_is_the_inverse_cdf(temperature, vocabulary):
     logits, u = 2 * normal(200, vocabulary, dtype=torch.float32), uniform(200)
     u[:3], u[3:6] = 0.0, BIGGEST
     forbidden = torch.arange(vocabulary) % 5 == 4
-    for banned in (None, forbidden):
-        tokens = sample_tokens(logits, u, temperature, banned)
+    for bias in (0.0, torch.where(forbidden, -INF, 0.0)):
+        tokens = sample_tokens(logits, u, temperature, bias)
         assert tokens.shape == (200,) and tokens.dtype == torch.int64
-        assert tokens.tolist() == [inverse_cdf(logits[i], u[i].item(), temperature, banned) for i in range(200)]
-        assert forbidden[tokens].any() == (banned is None)
+        assert tokens.tolist() == [inverse_cdf(logits[i], u[i].item(), temperature, bias) for i in range(200)]
+        assert forbidden[tokens].any() == isinstance(bias, float)
 
 
 def test_sample_takes_the_right_side_of_a_boundary():
@@ -358,9 +356,9 @@ def test_forbidden_tokens_are_never_sampled_even_if_likely():
     logits, forbidden = torch.zeros(300, 10), torch.zeros(10, dtype=torch.bool)
     logits[:, 9], forbidden[[0, 9]] = 50.0, True
     for temperature in (0, 1.0):
-        tokens = sample_tokens(logits, uniform(300), temperature, forbidden)
+        tokens = sample_tokens(logits, uniform(300), temperature, torch.where(forbidden, -INF, 0.0))
         assert not forbidden[tokens].any()
-    assert set(sample_tokens(logits, uniform(300), 1.0, forbidden).tolist()) == set(range(1, 9))
+    assert set(sample_tokens(logits, uniform(300), 1.0, torch.where(forbidden, -INF, 0.0)).tolist()) == set(range(1, 9))
 
 
 def chi_square(tokens, probabilities):
@@ -395,7 +393,7 @@ def policy(folders):
 
 
 QUERIES = [[5], [6, 7, 8, 9, 10, 11, 12], [9, 3, 9], [14, 15, 16, 17, 2]]
-FORBIDDEN = torch.arange(31) == PAD
+BIAS = torch.where(torch.arange(31) == PAD, -INF, 0.0)
 
 
 @torch.no_grad()
@@ -404,7 +402,7 @@ def slow_response(policy, query, uniforms, temperature, stop_ids):
     response = []
     for u in uniforms.tolist():
         logits = policy(torch.tensor([query + response])).logits[0, -1]
-        response.append(inverse_cdf(logits, u, temperature, FORBIDDEN))
+        response.append(inverse_cdf(logits, u, temperature, BIAS))
         if response[-1] in stop_ids:
             break
     return response + [PAD] * (len(uniforms) - len(response))
@@ -413,7 +411,7 @@ def slow_response(policy, query, uniforms, temperature, stop_ids):
 def sample(policy, queries, uniforms, temperature=1.0, stop_ids=(EOS,), extra=0, **options):
     """`generate` on queries of uneven length, left padded with `extra` more pads than needed."""
     ids, query_mask = left_pad(queries, max(map(len, queries)) + extra, PAD, "cpu")
-    return generate(policy, ids, query_mask, uniforms, temperature, list(stop_ids), PAD, FORBIDDEN, **options)
+    return generate(policy, ids, query_mask, uniforms, temperature, list(stop_ids), PAD, BIAS, **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
@@ -438,7 +436,7 @@ def test_generate_does_not_see_padding_or_neighbours(policy):
     for i, query in enumerate(QUERIES):
         assert torch.equal(sample(policy, [query], uniforms[i : i + 1]), responses[i : i + 1])
     ids, query_mask = left_pad(QUERIES, 7, 30, "cpu")  # another id as padding
-    assert torch.equal(generate(policy, ids, query_mask, uniforms, 1.0, [EOS], PAD, FORBIDDEN), responses)
+    assert torch.equal(generate(policy, ids, query_mask, uniforms, 1.0, [EOS], PAD, BIAS), responses)
     assert not torch.equal(sample(policy, QUERIES, uniforms.flip(0)), responses)
 
 
@@ -463,7 +461,8 @@ def test_dropping_ended_rows_changes_nothing(policy):
         uniforms, counts = uniform(16, 30, seed=20 + seed), []
 
         def counted(model, cache, tokens, *inputs, counts=counts):
-            counts.append((len(tokens), len(cache.layers[0].keys)))
+            if cache.layers[0].is_initialized:  # behind the prefill
+                counts.append((len(tokens), len(cache.layers[0].keys)))
             return decode_step(model, cache, tokens, *inputs)
 
         dropping = sample(policy, QUERIES * 4, uniforms, stop_ids=stop_ids, step=counted)
@@ -490,16 +489,17 @@ def test_a_used_cache_is_as_good_as_a_new_one(policy, spare):
         assert torch.equal(sample(policy, queries, uniforms, cache=cache), sample(policy, queries, uniforms))
 
 
-def test_compiled_step_samples_the_same_tokens(gpt2_folder):
-    """One graph, a cache that stays, the same tokens as eager, no recompile once it is warm."""
+@pytest.mark.parametrize("keeps", [True, False])
+def test_compiled_step_samples_the_same_tokens(gpt2_folder, keeps):
+    """A cache that stays, or a new one each time: the same tokens as eager, no recompile once it is warm."""
     policy = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0]
     step = torch.compile(decode_step, fullgraph=True)
-    cache = StaticCache(config=policy.config, max_cache_len=7 + 6)
+    cache = StaticCache(config=policy.config, max_cache_len=7 + 6) if keeps else None
     for seed in (9, 10):
         uniforms = uniform(4, 6, seed=seed)
         with torch.compiler.set_stance("default" if seed == 9 else "fail_on_recompile"):
-            responses = sample(policy, QUERIES, uniforms, step=step, cache=cache)
-        assert torch.equal(responses, sample(policy, QUERIES, uniforms))
+            responses = sample(policy, QUERIES, uniforms, stop_ids=[99], step=step, cache=cache)
+        assert torch.equal(responses, sample(policy, QUERIES, uniforms, stop_ids=[99]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,14 +528,14 @@ def batch_of(left=0, right=0, pad_id=PAD):
 def test_actor_critic_against_rows_without_padding(actor_critic):
     """log-probabilities and values at P - 1 .. T - 2 of a fresh forward of each row alone."""
     input_ids, attention_mask, mask = batch_of()
-    logprobs, entropy, values = actor_critic(input_ids, attention_mask, 5, 0.7, FORBIDDEN)
+    logprobs, entropy, values = actor_critic(input_ids, attention_mask, 5, 0.7, BIAS)
     assert logprobs.shape == entropy.shape == values.shape == (4, 5)
     assert logprobs.dtype == entropy.dtype == values.dtype == torch.float32
     critic = actor_critic.critic
     centre = getattr(critic.config, "score_mean", 0.0)
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES)):
         ids, last = torch.tensor([query + response]), len(query) - 1
-        logits = actor_critic.policy(ids).logits[0].masked_fill(FORBIDDEN, -INF)
+        logits = actor_critic.policy(ids).logits[0] + BIAS
         hidden = critic.base_model(ids).last_hidden_state[0]
         for t, token in enumerate(response):
             expected, expected_entropy = logprob_and_entropy(logits[last + t].tolist(), token, 0.7)
@@ -543,24 +543,24 @@ def test_actor_critic_against_rows_without_padding(actor_critic):
             assert entropy[i, t].item() == pytest.approx(expected_entropy, abs=1e-5)
             value = (hidden[last + t] @ critic.score.weight[0]).item() - centre
             assert values[i, t].item() == pytest.approx(value, abs=1e-5)
-    other, _, _ = actor_critic(input_ids, attention_mask, 5, 1.0, FORBIDDEN)
+    other, _, _ = actor_critic(input_ids, attention_mask, 5, 1.0, BIAS)
     assert (other - logprobs)[mask].abs().mean() > 0.05
 
 
 @torch.no_grad()
 def test_actor_critic_does_not_see_padding(actor_critic):
     input_ids, attention_mask, mask = batch_of()
-    expected = actor_critic(input_ids, attention_mask, 5, 1.0, FORBIDDEN)
+    expected = actor_critic(input_ids, attention_mask, 5, 1.0, BIAS)
     for left, right in [(3, 0), (0, 4), (2, 3)]:
         ids, attention, _ = batch_of(left, right)
-        outputs = actor_critic(ids, attention, 5 + right, 1.0, FORBIDDEN)
+        outputs = actor_critic(ids, attention, 5 + right, 1.0, BIAS)
         for got, want in zip(outputs, expected, strict=True):
             torch.testing.assert_close(got[:, :5][mask], want[mask], atol=1e-5, rtol=1e-5)
-    alone = actor_critic(input_ids[:1], attention_mask[:1], 5, 1.0, FORBIDDEN)
+    alone = actor_critic(input_ids[:1], attention_mask[:1], 5, 1.0, BIAS)
     for got, want in zip(alone, expected, strict=True):
         torch.testing.assert_close(got[mask[:1]], want[:1][mask[:1]], atol=1e-5, rtol=1e-5)
     shifted = actor_critic.policy(input_ids, attention_mask=attention_mask.long()).logits  # no position ids
-    moved = token_logprobs(shifted[:, 6:-1].masked_fill(FORBIDDEN, -INF), input_ids[:, -5:], 1.0)[0]
+    moved = token_logprobs(shifted[:, 6:-1] + BIAS, input_ids[:, -5:], 1.0)[0]
     if actor_critic.policy.config.model_type == "gpt2":
         assert (moved - expected[0])[mask].abs().max() > 0.1  # absolute positions: the padding would be seen
 
@@ -568,7 +568,7 @@ def test_actor_critic_does_not_see_padding(actor_critic):
 def ppo_loss(train_model, rows, num_tokens):
     """The loss of the script's `main` on some rows: both losses over real tokens, by their number over all ranks."""
     ids, attention, real, logprobs, values, advantages, returns = rows
-    new = train_model(ids, attention, real.shape[1], 0.9, FORBIDDEN)
+    new = train_model(ids, attention, real.shape[1], 0.9, BIAS)
     return ppo_rlhf.ppo_loss(*new, logprobs, values, advantages, returns, real, ppo_rlhf.Args())[0] / num_tokens
 
 
@@ -576,7 +576,7 @@ def ppo_rows(actor_critic, pad_id=PAD):
     """A batch with everything the loss needs; ratios and values are off their old ones, so both clips have work."""
     ids, attention, mask = batch_of(pad_id=pad_id)
     with torch.no_grad():
-        logprobs, _, values = actor_critic(*batch_of()[:2], 5, 0.9, FORBIDDEN)
+        logprobs, _, values = actor_critic(*batch_of()[:2], 5, 0.9, BIAS)
     dtype = values.dtype
     old_logprobs = torch.where(mask, logprobs + 0.3 * normal(4, 5, seed=1).to(dtype), -INF)
     old_values = values + 0.3 * normal(4, 5, seed=2).to(dtype)
@@ -605,8 +605,8 @@ def test_the_reference_starts_at_no_distance(actor_critic):
     """Exactly: one function gives both sides, so there is nothing to round differently."""
     input_ids, attention_mask, mask = batch_of()
     reference = copy.deepcopy(actor_critic.policy)
-    logprobs, _, _ = actor_critic(input_ids, attention_mask, 5, 0.7, FORBIDDEN)
-    ref_logits, _ = response_logits(reference, input_ids, attention_mask, 5, FORBIDDEN)
+    logprobs, _, _ = actor_critic(input_ids, attention_mask, 5, 0.7, BIAS)
+    ref_logits, _ = response_logits(reference, input_ids, attention_mask, 5, BIAS)
     assert (ref_logits[..., PAD] == -INF).all() and ref_logits[..., 1:].isfinite().all()  # one support for all
     ref_logprobs, _ = token_logprobs(ref_logits, input_ids[:, -5:], 0.7)
     assert torch.equal(logprobs[mask], ref_logprobs[mask])
@@ -616,7 +616,7 @@ def test_the_reference_starts_at_no_distance(actor_critic):
 def test_no_dropout_in_train_mode(actor_critic, folders):
     input_ids, attention_mask, _ = batch_of()
     actor_critic.train()
-    first, second = (actor_critic(input_ids, attention_mask, 5, 1.0, FORBIDDEN) for _ in range(2))
+    first, second = (actor_critic(input_ids, attention_mask, 5, 1.0, BIAS) for _ in range(2))
     assert all(map(torch.equal, first, second))
     untouched = AutoModelForCausalLM.from_pretrained(folders[0]).train()  # the config does ask for dropout
     assert not torch.equal(untouched(input_ids).logits, untouched(input_ids).logits)
@@ -650,9 +650,9 @@ def test_last_token_scores_wherever_the_padding_is(folders):
 @torch.no_grad()
 def test_scores_and_values_are_fp32_under_bf16_autocast(actor_critic):
     input_ids, attention_mask, mask = batch_of()
-    exact = actor_critic(input_ids, attention_mask, 5, 1.0, FORBIDDEN)
+    exact = actor_critic(input_ids, attention_mask, 5, 1.0, BIAS)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = actor_critic(input_ids, attention_mask, 5, 1.0, FORBIDDEN)
+        outputs = actor_critic(input_ids, attention_mask, 5, 1.0, BIAS)
         scores = last_token_scores(actor_critic.critic, input_ids, attention_mask)
     assert {x.dtype for x in (*outputs, scores)} == {torch.float32}
     for got, want in zip(outputs, exact, strict=True):
