@@ -9,8 +9,7 @@
     3. update   AdamW, learning rate decaying linearly; then target = alpha * online + (1 - alpha) * target
     evaluate    sample from softmax(log pi_beta + beta * (target Q - V)) at each beta of --eval_betas
 
-One process:     python ilql_rlhf.py
-Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
+Eight GPUs:  torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
 
 Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width.
 State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
@@ -65,8 +64,8 @@ class Args:
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
     """Q heads; of two, the smaller target counts"""
-    dueling: bool = False
-    """Q = a worth of the state + one of each id: an id that the data seldom takes is worth what the state is, and not 0"""
+    q_rows: Literal["ids", "embeddings"] = "ids"
+    """last layer of Q: a row for each id; or the LM head's rows, frozen, so that ids share what is learned (--lr 1e-4)"""
     tau: float = 0.8
     """expectile, between 0 and 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
     gamma: float = 0.99
@@ -122,26 +121,30 @@ def last_hidden(model, input_ids, attention_mask):
 class ILQL(torch.nn.Module):
     """The policy (trunk and pi_beta), and fp32 heads on its last hidden state: V, Q and target Q."""
 
-    def __init__(self, policy, num_qs, dueling=False, **config):
+    def __init__(self, policy, num_qs, q_rows="ids", **config):
         super().__init__()
-        (V, d), nn = policy.get_output_embeddings().weight.shape, torch.nn
-        sizes = [1, *[V + dueling] * num_qs]  # dueling (Wang et al. 2016): a last row, the state's own, is added to all
+        (V, d), nn = (embeddings := policy.get_output_embeddings().weight.detach()).shape, torch.nn
+        sizes = [1, *[V if q_rows == "ids" else d + 1] * num_qs]
         v, *q = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in sizes]
-        self.policy, self.config = policy, {"num_qs": num_qs, "dueling": dueling, **config}
+        self.policy, self.config = policy, {"num_qs": num_qs, "q_rows": q_rows, **config}
         for parameter in (parameter for head in (v, *q) for parameter in head[2].parameters()):
             nn.init.zeros_(parameter)  # no random value is bootstrapped from, none steers
+        for head in q if q_rows == "embeddings" else ():  # state . embedding (He et al. 2016) + the state's own worth
+            head.append(nn.Linear(d + 1, V, bias=False).requires_grad_(False))
+            head[3].weight.data = F.pad(F.layer_norm(embeddings.float(), (d,)) / d**0.5, (0, 1), value=1.0)
         self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(q)})
         self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
+        self.heads.register_buffer("moments", torch.tensor([[0.0], [1.0]]).repeat(1, d))  # mean, deviation of hidden
 
     def values(self, name, hidden, actions=None):
         """What the heads of a name say at hidden (...,d): "v" one (...,1), each Q (...,V), or (...,1) of actions (...)."""
-        heads, hidden, own = self.heads[name], hidden.to(self.heads["v"][0][0].weight.dtype), self.config["dueling"]
+        heads, (mean, deviation) = self.heads[name], self.heads.moments
         with torch.autocast(hidden.device.type, enabled=False):
+            hidden = (hidden.to(mean.dtype) - mean) / deviation
             if actions is None:
-                return [x[..., :-1] + x[..., -1:] if own and name != "v" else x for x in (f(hidden) for f in heads)]
-            parts = [(head[:2](hidden), head[2].weight, head[2].bias) for head in heads]
-            parts = [(x, F.embedding(actions, w) + own * w[-1], b[actions] + own * b[-1]) for x, w, b in parts]
-            return [(x * w).sum(-1, keepdim=True) + b[..., None] for x, w, b in parts]
+                return [head(hidden) for head in heads]
+            parts = [(head[:-1](hidden), F.embedding(actions, head[-1].weight), head[-1].bias) for head in heads]
+            return [(x * w).sum(-1, keepdim=True) + (0 if b is None else b[actions][..., None]) for x, w, b in parts]
 
     def forward(self, input_ids, attention_mask, states, actions=None, all_qs=True):
         """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions. Given the
@@ -154,8 +157,7 @@ class ILQL(torch.nn.Module):
 
     def steered_logits(self, hidden, beta, bias, temperature=1.0, top_k=None, top_p=1.0):
         """`steer` at hidden (B,d); bias (V,): -inf, or 0. Temperature (0: none) and cuts precede the shift (trlX: follow)."""
-        logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0)
-        logits = logits + bias
+        logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0) + bias
         logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
         logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
         return steer(logits, self.values("target_q", hidden), self.values("v", hidden)[0].squeeze(-1), beta)
@@ -183,9 +185,8 @@ def load_ilql(path):
 def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, tau, gamma, beta, cql_weight,
               awac_weight, num_tokens=None):  # fmt: skip
     """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
-    total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q and cql are sums over heads.
-    qs, target_qs: lists of (B,A,V); logits (B,A,V); all else (B,A). Also (B,A,1), of the actions alone: target_qs, qs and
-    logits, then cql and awac are 0. What is behind the mask reaches no number or gradient."""
+    total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q, cql: sums over heads. Shapes (B,A);
+    lists qs, target_qs and logits (B,A,V), or (B,A,1) of the actions alone: then cql, awac are 0. The mask hides all behind it."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
     vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
@@ -209,16 +210,14 @@ def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, ma
 
 
 def steer(logits, target_qs, vs, beta):
-    """log_softmax(logits) + beta * (min target Q - V), (B,V): unnormalised log-probabilities of the steered policy
-    (Snell et al. 2022, section 4). logits (B,V), target_qs a list of (B,V), vs (B,)."""
+    """log_softmax(logits) + beta * (min target Q - V) (Snell et al. 2022, section 4). logits, each target Q: (B,V); vs (B,)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits, dim=-1) + beta * (torch.stack(target_qs).amin(0) - vs[..., None])
 
 
-def response_mask(responses, stop_ids, min_length=0):
-    """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
+def response_mask(responses, stop_ids):
+    """(B,R) bool: True up to and including each row's first stop id."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
-    is_stop[:, :min_length] = False
     return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
@@ -235,9 +234,9 @@ def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, b
 
 @torch.no_grad()
 def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
-    """Sample a response (B,R) to each left padded query (B,P): a prefill, then one `step`, perhaps compiled, per token
-    over a static cache of at least P + R slots. query_mask (B,P): real tokens. uniforms (B,R) in [0,1) are all the
-    randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
+    """Sample a response (B,R) to each left padded query (B,P) over a static cache of at least P + R slots. query_mask (B,P):
+    real tokens. uniforms (B,R) in [0,1) are all the randomness. A row is pad_id behind its first stop id. step: a perhaps
+    compiled `steered_decode_step`. options: bias (V,), and more of `ILQL.steered_logits`."""
     (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
     cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
@@ -325,8 +324,7 @@ def encode_row(tokenizer, row):
 
 
 def encode_rated(rows, tokenizer, args):
-    """([(ids, states, actions, rewards)], statistics): of each row that fits its token ids but for the last, which is
-    no state, the indices of those before an action, and these actions' ids and rewards."""
+    """([(ids, states, actions, rewards)], statistics) of the rows that fit: all ids but the last, indices before an action."""
     if "reward" not in rows.column_names:
         raise UserError(f"{args.dataset}: needs the column reward; it has {', '.join(rows.column_names)}")
     kept = []
@@ -391,9 +389,8 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
 
 def main(args):
     args = prepare(args)  # everything that can be refused is refused before a model is loaded or a file written
-    for flag in ("tau", "gamma", "alpha"):
-        if not 0 < getattr(args, flag) <= 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0 and at most 1")
+    if wrong := [flag for flag in ("tau", "gamma", "alpha") if not 0 < getattr(args, flag) <= 1]:
+        raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: must be above 0 and at most 1")
     if not (args.eval_betas and all(map(math.isfinite, args.eval_betas))) or (args.reward_fn and args.reward_model):
         raise UserError("--eval_betas needs finite numbers; of --reward_fn and --reward_model at most one can be given")
     tokenizer = load_tokenizer(args.model)
@@ -409,9 +406,8 @@ def main(args):
             raise UserError(f"{args.eval_dataset}: row {[ids for ids, _ in prompts].index([]) + 1} has an empty prompt")
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    scorer = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
-    if args.reward_model:
-        scorer, _ = load_pretrained(AutoModelForSequenceClassification, args.reward_model, num_labels=1)
+    kind, scorer = AutoModelForSequenceClassification, args.reward_fn and load_function(args.reward_fn, "--reward_fn")
+    scorer = load_pretrained(kind, args.reward_model, num_labels=1)[0] if args.reward_model else scorer
     limits, P = [max(len(row[k]) for row in rows) for k in (0, 1)], max([len(ids) for ids, _ in prompts], default=1)
     device, mode = (ranks := init_ranks()).device, "reduce-overhead" if torch.cuda.is_available() else None
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
@@ -429,7 +425,11 @@ def main(args):
     plain = torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
     if not plain or policy.config.model_type == "gpt_neo" or "Linear" in str([type(layer) for layer in cache.layers]):
         raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally or linearly")
-    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.dueling, **statistics).to(device)
+    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.q_rows, **statistics).to(device)
+    if args.q_rows == "embeddings":  # what enters the heads is standardised, over the states of some rows
+        ids, real, states, *_, mask = collate_actions(rows[:: -(-len(rows) // 128)], limits, 128, device)
+        hidden = torch.no_grad()(last_hidden)(policy, ids, real).take_along_dim(states[..., None], 1)[mask]
+        ilql.heads.moments = torch.stack([hidden.mean(0), hidden.std(0) + 1e-6])
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
@@ -492,8 +492,8 @@ def main(args):
             run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", ilql, tokenizer)
-        print(f"\nmodel folder  {run.folder}/model")
-        print(f"next          python benchmarks/evaluate.py --run {run.folder} --beta {args.eval_betas[-1]:g}")
+        print(f"\nmodel folder  {run.folder}/model\nnext          ", end="")
+        print(f"python benchmarks/evaluate.py --run {run.folder} --beta {args.eval_betas[-1]:g}")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,20 @@ def padded_heads(request):
     parts.test_heads_stand_at_the_states_of_rows_without_padding(request.getfixturevalue("gpt2_folder"))
 
 
-def own_output(request):
-    parts.test_dueling_adds_the_states_own_output_to_that_of_every_id(request.getfixturevalue("gpt2_folder"))
+def embedding_rows(request):
+    parts.test_embedding_rows_are_the_product_with_the_lm_heads_rows_plus_the_states_own_worth(
+        request.getfixturevalue("gpt2_folder")
+    )
 
 
-def own_output_at_actions(request):
-    parts.test_heads_at_the_actions_alone_are_the_whole_ones_there(request.getfixturevalue("gpt2_folder"), True)
+def rows_at_actions(request):
+    parts.test_heads_at_the_actions_alone_are_the_whole_ones_there(request.getfixturevalue("gpt2_folder"), "embeddings")
+
+
+def untaken_id(request):
+    parts.test_with_embedding_rows_an_id_that_the_data_never_takes_is_worth_what_its_likes_are(
+        request.getfixturevalue("gpt2_folder")
+    )
 
 
 def long_rows(request):
@@ -129,16 +137,18 @@ MUTANTS = {
         "dict(zip(ends[::-1], rewards))",
         (dialogue, step),
     ),
-    "the state's own output counts for the wrong ids": (
-        "x[..., :-1] + x[..., -1:] if own",
-        "x[..., 1:] + x[..., :1] if own",
-        (own_output,),
+    "the state's own output is forgotten": ("(0, 1), value=1.0)", "(0, 1), value=0.0)", (embedding_rows,)),
+    "hidden states enter as they are": (
+        "hidden = (hidden.to(mean.dtype) - mean) / deviation",
+        "hidden = hidden.to(mean.dtype)",
+        (embedding_rows,),
     ),
-    "the state's own output is forgotten at the actions": (
-        "F.embedding(actions, w) + own * w[-1], b[actions] + own * b[-1])",
-        "F.embedding(actions, w), b[actions])",
-        (own_output_at_actions,),
+    "one id's row for all actions": (
+        "F.embedding(actions, head[-1].weight)",
+        "F.embedding(actions[:1, :1], head[-1].weight)",
+        (rows_at_actions,),
     ),
+    "rows that learn": ("bias=False).requires_grad_(False))", "bias=False))", (untaken_id,)),
     "rewards cut to integers": ("[0.0 if x is None else (x - mean)", "[0.0 if x is None else (int(x) - mean)", (step,)),
     "a row cut at its end": (
         "kept.append((ids[cut:-1], [i - cut for",

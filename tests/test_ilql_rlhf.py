@@ -287,12 +287,13 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-def build(folder, num_qs=2, scale=3.0, dueling=False):
+def build(folder, num_qs=2, scale=3.0, q_rows="ids"):
     """A module whose heads are random and large enough that steering moves tokens; targets differ from the online heads."""
     torch.manual_seed(5)
-    ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, folder)[0], num_qs, dueling)
-    for parameter in ilql.heads.parameters():
-        parameter.data.normal_(0, scale * parameter.shape[-1] ** -0.5)
+    ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, folder)[0], num_qs, q_rows)
+    for name, parameter in ilql.heads.named_parameters():
+        if not name.endswith(".3.weight"):  # the LM head's rows stay
+            parameter.data.normal_(0, scale * parameter.shape[-1] ** -0.5)
     return ilql.eval()
 
 
@@ -324,27 +325,32 @@ def test_heads_stand_at_the_states_of_rows_without_padding(folder):
 
 
 @torch.no_grad()
-def test_dueling_adds_the_states_own_output_to_that_of_every_id(folder):
-    plain, ilql = build(folder), build(folder, dueling=True)
-    batch, num_ids = batch_of(ROWS, STATES), plain.heads["q"][0][2].out_features
+def test_embedding_rows_are_the_product_with_the_lm_heads_rows_plus_the_states_own_worth(folder):
+    """With hidden states standardised by the moments, for V as for Q."""
+    ilql, batch = build(folder, q_rows="embeddings"), batch_of(ROWS, STATES)
     hidden = ilql_rlhf.last_hidden(ilql.policy, *batch[:2]).take_along_dim(batch[2][..., None], 1)
+    ilql.heads.moments = torch.stack([normal(hidden.shape[-1], seed=1), 0.5 + uniform(hidden.shape[-1])]).float()
+    rows = ilql.policy.get_output_embeddings().weight
+    rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     _, qs, target_qs, vs = ilql(*batch)
+    hidden = (hidden - ilql.heads.moments[0]) / ilql.heads.moments[1]
     for name, values in (("q", qs), ("target_q", target_qs)):
         for head, q in zip(ilql.heads[name], values, strict=True):
-            parts = head(hidden)  # (B,A,V + 1)
-            assert parts.shape[-1] == num_ids + 1 and q.shape[-1] == num_ids
-            for a in range(num_ids):
-                torch.testing.assert_close(q[..., a], parts[..., a] + parts[..., num_ids])
-    assert ilql.heads["v"][0][2].out_features == 1  # V has no second part
-    torch.testing.assert_close(vs, ilql.heads["v"][0](hidden).squeeze(-1))
+            x = head[:3](hidden)  # (B,A,d + 1)
+            expected = torch.einsum("bad,vd->bav", x[..., :-1], rows) / rows.shape[1] ** 0.5 + x[..., -1:]
+            torch.testing.assert_close(q, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vs, ilql.heads["v"][0](hidden).squeeze(-1), atol=1e-4, rtol=1e-4)
 
 
-def test_dueling_lets_an_id_that_the_data_never_takes_follow_its_state(gpt2_folder):
-    """After some steps towards a reward of 1 its worth has left 0, where it stays without dueling."""
+def test_with_embedding_rows_an_id_that_the_data_never_takes_is_worth_what_its_likes_are(gpt2_folder):
+    """After some steps towards a reward of 1, an id whose embedding is that of 6; a row of its own stays 0. No row moves."""
     batch, untaken = batch_of(ROWS, STATES), 20
     mask = torch.arange(batch[2].shape[1]) < torch.tensor([[len(states)] for states in STATES])
-    for dueling in (False, True):
-        ilql = ilql_rlhf.ILQL(utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0], 1, dueling)
+    for q_rows in ("ids", "embeddings"):
+        policy, _ = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)
+        policy.get_output_embeddings().weight.data[untaken] = policy.get_output_embeddings().weight.data[6]
+        ilql = ilql_rlhf.ILQL(policy, 1, q_rows)
+        before = [x.clone() for name, x in ilql.heads.named_parameters() if name.endswith(".3.weight")]
         optimizer = torch.optim.AdamW(ilql.heads.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(40):
             logits, qs, target_qs, vs = ilql(*batch, actions := torch.where(mask, batch[2] + 5, 0))
@@ -352,14 +358,17 @@ def test_dueling_lets_an_id_that_the_data_never_takes_follow_its_state(gpt2_fold
             ilql_rlhf.ilql_loss(*case, 0.5, 1.0, 0.0, 0.0, 0.0)["total"].backward()
             optimizer.step()
             optimizer.zero_grad()
-        worth = ilql(*batch)[1][0][..., untaken][mask]
-        assert worth.min() > 0.25 if dueling else not worth.any()
+        worth = ilql(*batch)[1][0][mask]
+        assert worth[..., 6].mean() > 0.2
+        assert torch.equal(worth[..., untaken], worth[..., 6] * (q_rows == "embeddings"))
+        after = [x for name, x in ilql.heads.named_parameters() if name.endswith(".3.weight")]
+        assert len(after) == 2 * (q_rows == "embeddings") and all(map(torch.equal, before, after))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dueling", [False, True])
-def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder, dueling):
-    ilql, batch = build(folder, dueling=dueling), batch_of(ROWS, STATES, extra=1)
+@pytest.mark.parametrize("q_rows", ["ids", "embeddings"])
+def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder, q_rows):
+    ilql, batch = build(folder, q_rows=q_rows), batch_of(ROWS, STATES, extra=1)
     num_ids = ilql.policy.config.vocab_size
     actions = torch.randint(num_ids, batch[2].shape, generator=utils.seeded(3, "actions"))
     logits, qs, target_qs, vs = ilql(*batch)
@@ -374,15 +383,15 @@ def test_heads_at_the_actions_alone_are_the_whole_ones_there(folder, dueling):
         assert {x.shape[-1] for x in some_targets} == {1} and (some_qs[0].shape[-1] > 1) == all_qs
 
 
-@pytest.mark.parametrize("dueling", [False, True])
-def test_the_loss_from_q_at_the_actions_alone_is_that_from_all(folder, dueling):
+@pytest.mark.parametrize("q_rows", ["ids", "embeddings"])
+def test_the_loss_from_q_at_the_actions_alone_is_that_from_all(folder, q_rows):
     """With cql_weight 0, the same numbers and gradients of every parameter."""
     results, batch = [], batch_of(ROWS, STATES)
     mask = torch.arange(batch[2].shape[1]) < torch.tensor([[len(states)] for states in STATES])
     actions = torch.randint(12, mask.shape, generator=utils.seeded(3, "actions"))
     rewards, terminal = normal(*mask.shape), ~torch.nn.functional.pad(mask[:, 1:], (0, 1)) & mask
     for arguments in ((), (actions, False), (actions, True)):
-        ilql = build(folder, scale=0.5, dueling=dueling)
+        ilql = build(folder, scale=0.5, q_rows=q_rows)
         logits, qs, target_qs, vs = ilql(*batch, *arguments)
         next_vs = torch.nn.functional.pad(vs[:, 1:], (0, 1))
         case = (qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask)
@@ -428,16 +437,17 @@ def test_q_and_v_are_fp32_under_bf16_autocast(gpt2_folder):
     assert 0 < (vs - exact[3]).abs().max() < 1
 
 
-@pytest.mark.parametrize("dueling", [False, True])
-def test_saved_and_loaded_again(folder, tmp_path, dueling):
-    ilql = build(folder, dueling=dueling)
+@pytest.mark.parametrize("q_rows", ["ids", "embeddings"])
+def test_saved_and_loaded_again(folder, tmp_path, q_rows):
+    ilql = build(folder, q_rows=q_rows)
+    ilql.heads.moments += 0.5
     ilql.config |= {"reward_mean": 0.5, "reward_std": 2.0}
     ilql.save_pretrained(tmp_path)
     assert {"ilql_heads.safetensors", "ilql_config.json"} <= {path.name for path in tmp_path.iterdir()}
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     loaded = ilql_rlhf.load_ilql(str(tmp_path))
-    assert loaded.config == {"num_qs": 2, "dueling": dueling, "reward_mean": 0.5, "reward_std": 2.0}
+    assert loaded.config == {"num_qs": 2, "q_rows": q_rows, "reward_mean": 0.5, "reward_std": 2.0}
     for name, tensor in ilql.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 

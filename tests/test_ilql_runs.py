@@ -378,18 +378,19 @@ def test_one_q_head_and_normalised_rewards(settings, tmp_path):
     rewards = torch.tensor([text.count("a") / 4 - 0.3 for text in COMPLETIONS], dtype=torch.float64)
     assert len(ilql.heads["q"]) == len(ilql.heads["target_q"]) == 1
     expected = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
-    assert ilql.config == pytest.approx({"num_qs": 1, "dueling": False, **expected})
+    assert ilql.config == pytest.approx({"num_qs": 1, "q_rows": "ids", **expected})
 
 
 @pytest.mark.parametrize("weights_of", [{"cql_weight": 0.1}, {"cql_weight": 0.0, "policy_lr_scale": 0.0}])
-def test_dueling_heads_in_a_run(settings, tmp_path, weights_of):
+def test_embedding_rows_in_a_run(settings, tmp_path, weights_of):
     """They are trained, saved, loaded again and steer, and resuming finds them as they were."""
-    flags = {"dueling": True, "eval_betas": (0.0, 2.0), "save_every": 1, **weights_of}
+    flags = {"q_rows": "embeddings", "eval_betas": (0.0, 2.0), "save_every": 1, **weights_of}
     folder = run(settings(tmp_path / "run", **flags))
     ilql = ilql_rlhf.load_ilql(str(folder / "model"))
-    head = ilql.heads["target_q"][0][2]
-    assert head.out_features == ilql.policy.config.vocab_size + 1 and head.weight[-1].any() and head.bias[-1] != 0
-    assert ilql.config["dueling"] and math.isfinite(lines(folder)[-1]["eval/score@beta=2"])
+    head, (mean, deviation) = ilql.heads["target_q"][0], ilql.heads.moments
+    assert head[2].weight.any() and head[3].out_features == ilql.policy.config.vocab_size
+    assert mean.any() and (deviation > 0).all() and (deviation != 1).any()
+    assert ilql.config["q_rows"] == "embeddings" and math.isfinite(lines(folder)[-1]["eval/score@beta=2"])
     again = interrupted(folder, tmp_path / "again", 1)
     ilql_rlhf.main(ilql_rlhf.Args(resume=str(again)))
     assert same(state(again, 3)["model"], state(folder, 3)["model"])
