@@ -156,8 +156,8 @@ MUTANTS = {
         (long_rows,),
     ),
     "states one early": (
-        "take_along_dim(states[..., None]",
-        "take_along_dim((states - 1).clamp(min=0)[..., None]",
+        "attention_mask).take_along_dim(states[..., None]",
+        "attention_mask).take_along_dim((states - 1).clamp(min=0)[..., None]",
         (padded_heads,),
     ),
     "steering by the online Q": (
@@ -166,8 +166,8 @@ MUTANTS = {
         (decoding,),
     ),
     "temperature on the sum": (
-        "float() / (temperature or 1.0)\n",
-        "float()\n        beta = beta / (temperature or 1.0)\n",
+        "float() / (temperature or 1.0) + bias\n",
+        "float() + bias\n        beta = beta / (temperature or 1.0)\n",
         (cuts,),
     ),
 }
