@@ -9,7 +9,8 @@
     3. update   AdamW, learning rate decaying linearly; then target = alpha * online + (1 - alpha) * target
     evaluate    sample from softmax(log pi_beta + beta * (target Q - V)) at each beta of --eval_betas
 
-Eight GPUs:  torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
+One process:     python ilql_rlhf.py
+Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
 
 Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width.
 State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
@@ -147,8 +148,7 @@ class ILQL(torch.nn.Module):
             return [(x * w).sum(-1, keepdim=True) + (0 if b is None else b[actions][..., None]) for x, w, b in parts]
 
     def forward(self, input_ids, attention_mask, states, actions=None, all_qs=True):
-        """(logits, qs, target_qs, vs) at the states (B,A) alone: indices of tokens whose successors are actions. Given the
-        actions (B,A), target Q is theirs alone, (B,A,1), and without all_qs, which only CQL needs, so is Q."""
+        """(logits, qs, target_qs, vs) at states (B,A), indices of tokens; of actions (B,A) target Q and, without all_qs, Q alone."""
         hidden = last_hidden(self.policy, input_ids, attention_mask).take_along_dim(states[..., None], 1)  # (B,A,d)
         head, (vs,) = self.policy.get_output_embeddings(), self.values("v", hidden)
         logits = head(hidden) if head.weight.requires_grad else hidden[..., :1] * 0  # frozen: no AWAC
@@ -215,9 +215,10 @@ def steer(logits, target_qs, vs, beta):
     return torch.log_softmax(logits, dim=-1) + beta * (torch.stack(target_qs).amin(0) - vs[..., None])
 
 
-def response_mask(responses, stop_ids):
-    """(B,R) bool: True up to and including each row's first stop id."""
+def response_mask(responses, stop_ids, min_length=0):
+    """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
+    is_stop[:, :min_length] = False
     return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
@@ -234,9 +235,8 @@ def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, b
 
 @torch.no_grad()
 def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
-    """Sample a response (B,R) to each left padded query (B,P) over a static cache of at least P + R slots. query_mask (B,P):
-    real tokens. uniforms (B,R) in [0,1) are all the randomness. A row is pad_id behind its first stop id. step: a perhaps
-    compiled `steered_decode_step`. options: bias (V,), and more of `ILQL.steered_logits`."""
+    """Sample a response (B,R) to each left padded query (B,P); query_mask (B,P): real tokens; uniforms (B,R) in [0,1): all the
+    randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
     (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
     cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
     cache.reset()
