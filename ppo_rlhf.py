@@ -199,7 +199,7 @@ def sample_tokens(logits, uniforms, temperature, bias=0.0):
     blocks = F.pad(logits, (0, -logits.shape[-1] % 64), value=-math.inf).unflatten(-1, (-1, 64))
     weights = blocks.exp().sum(-1)  # of each block of 64 ids: one cumulative sum over V is slow
     block, before = first_above(weights, target := uniforms[:, None] * weights.sum(-1, keepdim=True))
-    index, _ = first_above(blocks.take_along_dim(block[..., None], 1).squeeze(1).exp(), target - before)
+    index, _ = first_above(blocks.gather(1, block[..., None].expand(-1, 1, 64)).squeeze(1).exp(), target - before)
     return (64 * block + index).squeeze(1)
 
 

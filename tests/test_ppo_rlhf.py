@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from tokenizers import processors
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
 import ppo_rlhf
@@ -501,6 +502,22 @@ def test_compiled_step_samples_the_same_tokens(gpt2_folder, keeps):
         with torch.compiler.set_stance("default" if seed == 9 else "fail_on_recompile"):
             responses = sample(policy, QUERIES, uniforms, stop_ids=stop_ids, step=step, cache=cache)
         assert torch.equal(responses, sample(policy, QUERIES, uniforms, stop_ids=stop_ids))
+
+
+def test_dropping_rows_compiles_three_times(gpt2_folder):
+    """The prefill, a step of all rows, and a step of any number of rows: however many stay, nothing is compiled anew."""
+    policy, counter, left = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0], CompileCounter(), set()
+    compiled = torch.compile(decode_step, backend=counter, fullgraph=True)
+
+    def step(model, cache, tokens, *inputs):
+        left.add(len(tokens))
+        return compiled(model, cache, tokens, *inputs)
+
+    for seed in range(12):
+        uniforms, stop_ids = uniform(40, 30, seed=seed), [EOS, *range(2, 5)]
+        responses = sample(policy, QUERIES * 10, uniforms, stop_ids=stop_ids, step=step)
+        assert torch.equal(responses, sample(policy, QUERIES * 10, uniforms, stop_ids=stop_ids))
+    assert len(left) >= 10 and counter.frame_count == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
