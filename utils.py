@@ -1,7 +1,7 @@
 """Plumbing shared by the scripts: ranks, seeds, masked statistics, data files, run folders. The algorithms are not here."""
 
 import atexit
-import collections
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, make_dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-Ranks = collections.namedtuple("Ranks", "rank world_size device")  # which process, of how many, where it computes
+Ranks = make_dataclass("Ranks", ["rank", "world_size", "device"])  # which process, of how many, where it computes
 
 
 class UserError(Exception):
@@ -41,11 +41,12 @@ def init_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    atexit.register(dist.destroy_process_group)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    elif hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages anew takes up to a sixth
+        ctypes.pythonapi.mallopt(-1, 2**31 - 1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        atexit.register(dist.destroy_process_group)
+    return Ranks(*(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1), device)
 
 
 def wrap(module, ranks, compiled):
@@ -164,15 +165,14 @@ def load_function(spec, flag):
 
 
 def load_pretrained(auto_class, path, may_miss=(), **options):
-    """(model, names of the weights that the checkpoint lacks): fp32, eval mode, every dropout 0; on CPU plain attention,
-    which beats the fused one. Weights may only lack if they end with an entry of `may_miss`. A config: random weights."""
+    """(model, names of weights that its folder lacks: only such as end with an entry of `may_miss`): fp32, eval, no dropout."""
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
     check_path(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}
-        config.update({**zero, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
+        config.update({**zero, "_attn_implementation": None if torch.cuda.is_available() else "eager"})  # CPU: faster
         if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
