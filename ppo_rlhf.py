@@ -5,8 +5,7 @@ For each update:
     2. score        the response's score; log-probabilities under policy and frozen reference; values from the critic;
                     reward of token t = -kl_coef * (logprob - ref_logprob), plus the score at the last token
     3. advantages   GAE(gamma, lam) from rewards and values; whitened over the whole batch of all ranks
-    4. update       num_epochs passes over num_minibatches minibatches: clipped policy loss + vf_coef * clipped value
-                    loss, each a sum over real tokens divided by their number over all ranks
+    4. update       num_epochs passes in num_minibatches steps: clipped policy loss + vf_coef * clipped value loss, per real token
 
 One process:     python ppo_rlhf.py
 Eight GPUs:      torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model --reward_model runs/my_rm/model
@@ -156,8 +155,7 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class ActorCritic(torch.nn.Module):
-    """Policy and critic, of one trunk or of two, as one module: the loss goes through one wrapper's forward. Without a
-    critic, as the reference, it gives log-probabilities alone."""
+    """Policy and critic, of one trunk or of two, as one module that can be wrapped; without a critic, log-probabilities alone."""
 
     def __init__(self, policy, critic, entropy_coef=1.0):
         super().__init__()
@@ -308,8 +306,8 @@ def ppo_loss(new_logprobs, entropy, new_values, logprobs, values, advantages, re
 
 
 def normalise(scores, mask, moments):
-    """(scores minus their running mean over their running standard deviation, new moments); moments (3,) fp64: count, sum
-    and sum of squares of the scores so far, on all ranks. The rows (B,) where mask is False do not enter them."""
+    """(scores minus their running mean over their running standard deviation, new moments); moments (3,) fp64: count, sum and
+    sum of squares of the scores so far, on all ranks. The rows (B,) where mask is False do not enter them."""
     x = torch.where(mask, scores, 0.0).double()
     moments = moments + all_gather(torch.stack([mask.sum(), x.sum(), (x**2).sum()])[None]).sum(0)
     mean, square = moments[1:] / moments[0].clamp(min=1)
@@ -485,7 +483,7 @@ def main(args):
     step = torch.compile(decode_step, fullgraph=True, options=options) if args.compile else decode_step
     frozen, score = (torch.compile(x) if args.compile else x for x in (ActorCritic(reference, None), last_token_scores))
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
-    mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
+    mine, size = slice(ranks.rank * B, (ranks.rank + 1) * B), args.micro_batch_size
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
     bias, pad_id = logit_bias(policy, tokenizer), tokenizer.pad_token_id
     sampling = {"bias": bias, "min_length": args.min_length, "step": step}
@@ -514,7 +512,7 @@ def main(args):
 
         # 2. score
         sampled, parts = clock(device), []
-        for ids, attention in zip(input_ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size)):
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size)):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, R, args.temperature, bias)
                 ref_logprobs = frozen(ids, attention, R, args.temperature, bias)
@@ -540,16 +538,18 @@ def main(args):
         batch = [all_gather(x) for x in (input_ids, attention_mask, logprobs, values, advantages, returns, mask)]
         optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
         orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
-        orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders]).to(device)
+        orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders])
+        lengths = batch[-1].sum(1).cpu()  # of responses: what is padding in all rows of a micro-batch is not computed
         for tried, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
             optimizer.zero_grad()
             num_tokens, checks = batch[-1][minibatch].sum(), Means()  # over all ranks
-            micro_batches = minibatch[ranks.rank :: ranks.world_size].split(args.micro_batch_size)
+            micro_batches = minibatch[lengths[minibatch].argsort()][ranks.rank :: ranks.world_size].split(size)
             for k, index in enumerate(micro_batches, start=1):
-                ids, attention, *old = (x[index] for x in batch)
+                longest = min(-(-lengths[index].max().item() // 8) * 8, R)
+                ids, attention, *old = (x[index, : x.shape[1] - R + longest] for x in batch)
                 train_model.require_backward_grad_sync = k == len(micro_batches)
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                    new = train_model(ids, attention, R, args.temperature, bias)
+                    new = train_model(ids, attention, longest, args.temperature, bias)
                     loss_sum, stats = ppo_loss(*new, *old, args)
                 (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
                 checks.add(stats, old[-1])

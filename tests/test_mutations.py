@@ -87,7 +87,7 @@ BUGS = [
         "temperature missing in the training forward",
         "old log-probs at T, new ones at 1: ratios start away from 1",
         "test_first_step_is_the_policy_gradient",
-        {"new = train_model(ids, attention, R, args.temperature,": "new = train_model(ids, attention, R, 1.0,"},
+        {"new = train_model(ids, attention, longest, args.temperature,": "new = train_model(ids, attention, longest, 1.0,"},
     ),
     Bug(
         "temperature missing in the reference",
@@ -365,6 +365,18 @@ BUGS = [
         "DDP's mean of per-rank means: right on one rank, wrong on two of unequal length",
         "test_micro_batches_and_ranks_do_not_change_the_update",
         {"batch[-1][minibatch].sum()": "batch[-1][minibatch[ranks.rank :: ranks.world_size]].sum() * ranks.world_size"},
+    ),
+    Bug(
+        "micro-batches cut behind their shortest row",
+        "the tokens of all longer rows leave the loss, which is still divided by their number",
+        "test_an_update_computes_little_padding",
+        {"lengths[index].max()": "lengths[index].min()"},
+    ),
+    Bug(
+        "micro-batches of any lengths",
+        "every one of them is as wide as its longest row: right, and up to twice the work",
+        "test_an_update_computes_little_padding",
+        {"minibatch[lengths[minibatch].argsort()]": "minibatch"},
     ),
     Bug(
         "a forward beside the wrapper",
