@@ -60,7 +60,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per scoring or training forward on one rank (sampling takes all at once): memory, without other effect"""
+    """rows per scoring or training forward on one rank (sampling takes all at once): memory, and padding in the update"""
     query_length: int = 64
     """tokens; longer prompts are left out and counted"""
     response_length: int = 10
@@ -539,15 +539,15 @@ def main(args):
         optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
         orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
         orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders])
-        lengths = batch[-1].sum(1).cpu()  # of responses: what is padding in all rows of a micro-batch is not computed
+        lengths = batch[-1].sum(1).cpu()  # of responses: micro-batches are cut behind their longest, at a multiple of 8
         for tried, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
             optimizer.zero_grad()
-            num_tokens, checks = batch[-1][minibatch].sum(), Means()  # over all ranks
-            micro_batches = minibatch[lengths[minibatch].argsort()][ranks.rank :: ranks.world_size].split(size)
-            for k, index in enumerate(micro_batches, start=1):
-                longest = min(-(-lengths[index].max().item() // 8) * 8, R)
+            num_tokens, checks = lengths[minibatch].sum(), Means()  # over all ranks
+            parts = minibatch[lengths[minibatch].argsort(stable=True)][ranks.rank :: ranks.world_size].split(size)
+            for k, index in enumerate(parts, start=1):
+                longest, index = min(-(-lengths[index].max().item() // 8) * 8, R), index.to(device)
                 ids, attention, *old = (x[index, : x.shape[1] - R + longest] for x in batch)
-                train_model.require_backward_grad_sync = k == len(micro_batches)
+                train_model.require_backward_grad_sync = k == len(parts)
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                     new = train_model(ids, attention, longest, args.temperature, bias)
                     loss_sum, stats = ppo_loss(*new, *old, args)

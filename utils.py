@@ -41,8 +41,8 @@ def init_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages anew takes up to a sixth
-        ctypes.pythonapi.mallopt(-1, 2**31 - 1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    elif hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages anew takes time
+        ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         atexit.register(dist.destroy_process_group)

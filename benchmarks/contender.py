@@ -23,7 +23,7 @@ import ppo_rlhf
 import reward_model
 import sft
 from turns import Turns
-from utils import load_pretrained, load_rows
+from utils import init_ranks, load_pretrained, load_rows
 
 
 def last_line(path):
@@ -133,6 +133,7 @@ def run_ilql(job, turns):
 
 
 def run_floor(job, turns):
+    init_ranks()  # for the allocator's settings, which our scripts have
     policy, critic = (floors.model_shape(AutoConfig.from_pretrained(job[name])) for name in ("policy", "critic"))
     sizes = (job["batch"], job["prompt"], job["response"])
     work = floors.phases(policy, critic, job["part"], *sizes, job["epochs"])

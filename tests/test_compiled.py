@@ -33,7 +33,7 @@ def runs(tmp_path, gpt2_folder, llama_rm_folder):
     return {
         "sft": (sft, {"model": gpt2_folder, "num_epochs": 1, "log_every": 1, **sizes}),
         "reward_model": (reward_model, {"model": llama_rm_folder, "num_epochs": 1, "log_every": 1, **sizes}),
-        "ppo_rlhf": (ppo_rlhf, {"total_episodes": 24, "response_length": 6, **ppo, **sizes}),
+        "ppo_rlhf": (ppo_rlhf, {"total_episodes": 24, "response_length": 20, **ppo, **sizes}),
     }
 
 
