@@ -172,7 +172,8 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}
-        config.update({**zero, "_attn_implementation": None if torch.cuda.is_available() else "eager"})  # CPU: faster
+        fast = {name: "gelu_pytorch_tanh" for name, value in vars(config).items() if value == "gelu_new"}  # the same
+        config.update({**zero, **fast, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
         if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
@@ -224,8 +225,7 @@ def progress(done, total, ranks, name):
 
 def save_pretrained(folder, *parts):
     """Write models and tokenizers into one folder that appears complete or not at all."""
-    for part in parts:
-        part.save_pretrained(f"{folder}.tmp")
+    [part.save_pretrained(f"{folder}.tmp") for part in parts]
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped between its last two folders
     os.rename(f"{folder}.tmp", folder)
 

@@ -496,3 +496,12 @@ def test_check_divides():
     for divisor, number in [(3, 8), (0, 8), (2, 0)]:
         with pytest.raises(utils.UserError, match=re.escape("--batch_size by the number of ranks")):
             utils.check_divides(divisor, number, "--batch_size by the number of ranks")
+
+
+def test_gelu_is_computed_in_one_kernel_and_is_the_same_function(gpt2_folder):
+    """transformers' gelu_new is eight operations on the widest tensor of a GPT-2; torch has the same formula as one."""
+    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    ours, _ = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)
+    assert plain.config.activation_function == "gelu_new" and ours.config.activation_function == "gelu_pytorch_tanh"
+    ids = torch.arange(3, 11)[None]
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-6)
