@@ -169,11 +169,11 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
     transformers.logging.set_verbosity_error()  # lacking weights are checked below
     transformers.logging.disable_progress_bar()
     check_path(path)
-    try:
+    try:  # with GELU as one kernel, and on CPU plain attention: both are faster
         config = transformers.AutoConfig.from_pretrained(path, **options)
         zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}
-        fast = {name: "gelu_pytorch_tanh" for name, value in vars(config).items() if value == "gelu_new"}  # the same
-        config.update({**zero, **fast, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
+        gelu = {name: "gelu_pytorch_tanh" for name, value in vars(config).items() if value == "gelu_new"}
+        config.update({**zero, **gelu, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
         if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
             return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
