@@ -16,7 +16,6 @@ Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabula
 State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
 environment says is read but is no action, so the state behind a turn is that of the next turn's first action. A turn's
 reward is paid for its last token; terminal marks a row's last action.
-Deviations from the paper's code: one trunk (there: two); heads start at 0; AWAC is a mean over action tokens.
 """
 
 import copy
@@ -128,8 +127,7 @@ class ILQL(torch.nn.Module):
         sizes = [1, *[V if q_rows == "ids" else d + 1] * num_qs]
         v, *q = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in sizes]
         self.policy, self.config = policy, {"num_qs": num_qs, "q_rows": q_rows, **config}
-        for parameter in (parameter for head in (v, *q) for parameter in head[2].parameters()):
-            nn.init.zeros_(parameter)  # no random value is bootstrapped from, none steers
+        [nn.init.zeros_(x) for head in (v, *q) for x in head[2].parameters()]  # nothing random bootstraps or steers
         for head in q if q_rows == "embeddings" else ():  # state . embedding (He et al. 2016) + the state's own worth
             head.append(nn.Linear(d + 1, V, bias=False).requires_grad_(False))
             head[3].weight.data = F.pad(F.layer_norm(embeddings.float(), (d,)) / d**0.5, (0, 1), value=1.0)
@@ -193,7 +191,6 @@ def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, ma
     index = actions.masked_fill(~mask, 0)[..., None]  # modulo 1 it is the only one
     taken_qs = [q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in qs]
     target_q = torch.stack([q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in target_qs]).amin(0).detach()
-
     # Temporal difference (IQL, eq. 6): V is the next state's value, so no action that the data lacks is ever asked for.
     backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)
     q_loss = sum((backup - q) ** 2 for q in taken_qs)
@@ -289,16 +286,16 @@ def encode_prompt(tokenizer, prompt):
 def encode_row(tokenizer, row):
     """(ids, states, paid): token ids, indices of those before an action, and {such an index: a reward}. What the chat
     template writes between two turns of the agent, and behind the EOS of one, is the environment's."""
-    eos, plain, messages = tokenizer.eos_token, {"add_special_tokens": False}, row.get("messages", [])
-    ids, states, ends, parts, shown, given = [], [], [], [], "", 0
-    if isinstance(row.get("completion"), str):
-        parts = [(encode_prompt(tokenizer, row["prompt"]), row["completion"].partition(eos)[0])]
-    elif "completion" in row:
-        messages, given = row["prompt"] + row["completion"], len(row["prompt"])  # given: messages that are no action
+    eos, plain = tokenizer.eos_token, {"add_special_tokens": False}
+    ids, states, ends, parts, shown = [], [], [], [], ""
+    given, later = (row["prompt"], row["completion"]) if "completion" in row else ([], row["messages"])
+    messages = [x for part in (given, later) if isinstance(part, list) for x in part]
+    if "completion" in row and isinstance(later, str):
+        parts = [(encode_prompt(tokenizer, given), later.partition(eos)[0])]
     for i, role in enumerate(message.get("role") for message in messages):
         if role not in ("system", "user", "assistant", "tool"):
             raise UserError(f"unknown role {role!r}; known are system, user, assistant and tool")
-        if role != "assistant" or i < given:
+        if role != "assistant" or isinstance(given, str) or i < len(given):  # given is no action
             continue
         query = encode_prompt(tokenizer, messages[:i])
         start = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
@@ -388,7 +385,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
 
 
 def main(args):
-    args = prepare(args)  # everything that can be refused is refused before a model is loaded or a file written
+    args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
     if wrong := [flag for flag in ("tau", "gamma", "alpha") if not 0 < getattr(args, flag) <= 1]:
         raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: must be above 0 and at most 1")
     if not (args.eval_betas and all(map(math.isfinite, args.eval_betas))) or (args.reward_fn and args.reward_model):
@@ -400,10 +397,13 @@ def main(args):
     prompts, R = [], args.response_length
     if args.reward_fn or args.reward_model:
         args.eval_dataset = args.eval_dataset or str(Path(args.dataset).with_name("prompts.jsonl"))
-        prompts = load_rows(args.eval_dataset, [("prompt",)])
-        prompts = [(encode_prompt(tokenizer, row["prompt"])[-max(args.max_length - R, 1) :], row) for row in prompts]
-        if not all(ids for ids, _ in prompts):
-            raise UserError(f"{args.eval_dataset}: row {[ids for ids, _ in prompts].index([]) + 1} has an empty prompt")
+        for number, row in enumerate(load_rows(args.eval_dataset, [("prompt",)]), start=1):
+            try:
+                if not (ids := encode_prompt(tokenizer, row["prompt"])[-max(args.max_length - R, 1) :]):
+                    raise UserError("the prompt is empty")
+            except Exception as error:  # chat templates refuse in many ways
+                raise UserError(f"{args.eval_dataset}: row {number}: {error}") from error
+            prompts.append((ids, row))
     if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
     kind, scorer = AutoModelForSequenceClassification, args.reward_fn and load_function(args.reward_fn, "--reward_fn")
@@ -429,7 +429,7 @@ def main(args):
     if args.q_rows == "embeddings":  # what enters the heads is standardised, over the states of some rows
         ids, real, states, *_, mask = collate_actions(rows[:: -(-len(rows) // 128)], limits, 128, device)
         hidden = torch.no_grad()(last_hidden)(policy, ids, real).take_along_dim(states[..., None], 1)[mask]
-        ilql.heads.moments = torch.stack([hidden.mean(0), hidden.std(0) + 1e-6])
+        ilql.heads.moments = torch.stack([hidden.mean(0), hidden.std(0, correction=0) + 1e-6])
     train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
     if args.compile:
         loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
@@ -437,7 +437,7 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
     bias = torch.tensor([-math.inf if i >= len(tokenizer) or i == pad_id else 0.0 for i in range(num_ids)]).to(device)
     sampling = {"stop_ids": [eos], "pad_id": pad_id, "bias": bias, "cache": cache, "step": decode_step}
-    weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight)
+    weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight * (args.policy_lr_scale > 0))
     steps_per_epoch = -(-len(rows) // args.batch_size)
     num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
     run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0

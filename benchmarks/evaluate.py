@@ -391,8 +391,7 @@ def from_run(folder):
     if "eval_dataset" in saved:  # ILQL: samples in fp32, and --dataset is what it learned from
         names = ("response_length",)
         taken["query_length"] = saved["max_length"] - saved["response_length"]
-        if saved["eval_dataset"]:
-            taken["dataset"] = saved["eval_dataset"]
+        taken["dataset"] = saved["eval_dataset"] or ""
     return Args(**taken, **{name: saved[name] for name in names})
 
 
@@ -445,6 +444,8 @@ def main(args):
             check_tokenizer(args.ref_model, "--ref_model", tokenizer, args.model)
         for path in args.reward_models:
             check_tokenizer(path, "--reward_models", tokenizer, args.model)
+        if not args.dataset:
+            raise UserError(f"--run {args.run}: it has no prompts of its own; name some with --dataset")
         prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
         order = torch.randperm(len(prompts), generator=seeded(args.seed, "prompts")).tolist()
         order = order[: args.num_samples // max(args.best_of_n, default=1)]

@@ -363,6 +363,9 @@ def test_a_run_of_ilql_is_evaluated_as_it_evaluates_itself(tmp_path, gpt2_folder
     args = evaluate.from_run(str(tmp_path))
     assert (args.dataset, args.query_length, args.response_length) == ("prompts.jsonl", 52, 12)
     assert (args.precision, args.ref_model, args.reward_fns) == ("fp32", gpt2_folder, ("f.py:f",))
+    (tmp_path / "args.json").write_text(json.dumps({"args": saved | {"eval_dataset": None}}))
+    with pytest.raises(UserError, match="no prompts of its own; name some with --dataset"):
+        evaluate.main(dataclasses.replace(evaluate.from_run(str(tmp_path)), model=gpt2_folder, ref_model=None))
 
 
 def test_a_run_that_cannot_be_evaluated(tmp_path):

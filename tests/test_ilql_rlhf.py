@@ -710,6 +710,15 @@ BAD_ROWS = {
         [DIALOGUE, {"messages": [{"role": "judge", "content": "a"}, *turns("b", "c")], "reward": [1.0]}],
         "row 2: unknown role 'judge'; known are system, user, assistant and tool",
     ),
+    "a role in a prompt": (
+        [{"prompt": [{"role": "judge", "content": "a"}], "completion": "b", "reward": 1.0}],
+        "row 1: unknown role 'judge'",
+    ),
+    "messages behind a text": (
+        [{"prompt": "a", "completion": turns("b", "c"), "reward": 1.0}],
+        "row 1: no action token",
+    ),
+    "a text for messages": ([{"messages": "a", "reward": 1.0}], "row 1: no action token"),
 }
 
 

@@ -459,6 +459,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(settings, tmp_pa
         run(flags | {"eval_dataset": str(settings.folder / "prompts.jsonl"), "max_grad_norm": 0.0})
 
 
+def test_a_weight_of_cloning_that_overflows_does_not_reach_the_loss_of_a_frozen_policy(settings, tmp_path):
+    run(settings(tmp_path / "run", policy_lr_scale=0.0, beta=1e30, log_every=1))
+    totals = [line["loss/total"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert len(totals) > 1 and all(map(math.isfinite, totals))
+
+
 def test_flags_that_contradict_one_another(settings, tmp_path, llama_rm_folder):
     for changes in ({"eval_betas": ()}, {"reward_model": llama_rm_folder}):
         with pytest.raises(utils.UserError, match="--eval_betas"):
@@ -511,7 +517,11 @@ MISTAKES = {
     "no prompts": (lambda tmp_path: {"eval_dataset": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
     "an empty prompt": (
         lambda tmp_path: {"eval_dataset": write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": ""}])},
-        "p.jsonl: row 2 has an empty prompt",
+        "p.jsonl: row 2: the prompt is empty",
+    ),
+    "a prompt that needs a template": (
+        lambda tmp_path: {"eval_dataset": write_jsonl(tmp_path / "p.jsonl", [{"prompt": turns("a")}])},
+        "p.jsonl: row 1: .*chat template",
     ),
     "a run folder": (lambda tmp_path: {"output_dir": str(tmp_path)}, "--output_dir .*exists already"),
 }
