@@ -12,10 +12,10 @@
 One process:     python ilql_rlhf.py
 Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
 
-Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width.
-State i is the prefix up to token i, its action is token i + 1; column j of a (B,A) tensor is a row's action j. What the
-environment says is read but is no action, so the state behind a turn is that of the next turn's first action. A turn's
-reward is paid for its last token; terminal marks a row's last action.
+Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width. State i is the prefix
+up to token i, its action is token i + 1; column j of (B,A) is a row's action j. What the environment says is no action:
+behind a turn comes the next turn's first state. A turn's last token is paid; terminal marks a row's last action.
+Deviations from the paper's code: one trunk (there: two); heads start at 0; AWAC is a mean over action tokens.
 """
 
 import copy
