@@ -365,7 +365,7 @@ def test_a_run_of_ilql_is_evaluated_as_it_evaluates_itself(tmp_path, gpt2_folder
     assert (args.precision, args.ref_model, args.reward_fns) == ("fp32", gpt2_folder, ("f.py:f",))
     (tmp_path / "args.json").write_text(json.dumps({"args": saved | {"eval_dataset": None}}))
     with pytest.raises(UserError, match="no prompts of its own; name some with --dataset"):
-        evaluate.main(dataclasses.replace(evaluate.from_run(str(tmp_path)), model=gpt2_folder, ref_model=None))
+        evaluate.main(dataclasses.replace(evaluate.from_run(str(tmp_path)), model=gpt2_folder, reward_fns=()))
 
 
 def test_a_run_that_cannot_be_evaluated(tmp_path):
