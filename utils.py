@@ -41,9 +41,10 @@ def init_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:  # compiled on CPU, exp takes less time than tanh, and ReLU's backward from its output than from a stored mask
-        importlib.import_module("torch._inductor.config").cpp.use_decompose_tanh = True
-        importlib.import_module("torch._functorch.config").aggressive_recomputation = True
+    else:  # compiled on CPU: exp takes less time than tanh, ReLU's backward less from its output than from a stored mask,
+        inductor, functorch = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
+        inductor.cpp.use_decompose_tanh = functorch.aggressive_recomputation = True
+        inductor.realize_opcount_threshold = 8  # and the causal mask once less than anew in each layer's softmax
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
@@ -112,8 +113,7 @@ class Means(dict):
 
     def reduce(self):
         """{name: float} over all ranks, and start again. Every rank must have added the same names."""
-        names = sorted(self)
-        pairs = torch.stack([self.pop(name) for name in names])
+        names, pairs = sorted(self), torch.stack([self.pop(name) for name in sorted(self)])
         if dist.is_initialized():
             dist.all_reduce(pairs)
         return dict(zip(names, (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist(), strict=True))

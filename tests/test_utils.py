@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 import utils
 
@@ -531,3 +531,20 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
     torch.testing.assert_close(y.double(), layers(*exact), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip((x, *weights), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_on_cpu_the_causal_mask_is_computed_once():
+    """Left to itself the compiler computes it anew for every element of every layer's softmax."""
+    utils.init_ranks()
+    ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
+    mask[:2, :5] = 0
+    config = GPT2Config(n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0)
+    body = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().base_model
+    hidden, codes = run_and_get_code(torch.compile(body), ids, attention_mask=mask, use_cache=False)
+    expected = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(hidden.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    calls = []
+    for name, kernel in re.findall(r"(\w+) = async_compile\.cpp_pybinding\(.*?r'''(.*?)'''", codes[0], re.S):
+        if str(torch.finfo(torch.float32).min) in kernel:
+            calls += re.findall(rf"^ +{name}\(", codes[0], re.M)
+    assert len(calls) == 1
