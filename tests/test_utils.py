@@ -544,7 +544,7 @@ def test_compiled_on_cpu_the_causal_mask_is_computed_once():
     expected = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(hidden.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     calls = []
-    for name, kernel in re.findall(r"(\w+) = async_compile\.cpp_pybinding\(.*?r'''(.*?)'''", codes[0], re.S):
+    for name, kernel in re.findall(r"(\w+) = async_compile\.cpp_pybinding\(.*?r'''(.*?)'''", codes[0], re.DOTALL):
         if str(torch.finfo(torch.float32).min) in kernel:
-            calls += re.findall(rf"^ +{name}\(", codes[0], re.M)
+            calls += re.findall(rf"^ +{name}\(", codes[0], re.MULTILINE)
     assert len(calls) == 1
