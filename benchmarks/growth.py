@@ -1,0 +1,187 @@
+"""How the cost of a PPO update grows: batch, response length, vocabulary and model size, one at a time, against the floor.
+
+    python benchmarks/growth.py --output growth.json            # measures, and draws growth.png beside it
+    python benchmarks/growth.py --input growth.json             # draws again
+    python benchmarks/growth.py --engine eager --batches 16 64 --responses 48 --vocabularies 8192 --sizes 4x256 --output g.json
+
+Every point is a comparison of speed.py, ours and the floor in turn; all but the varied size are those of the base. A
+line is the median over rounds of a phase's seconds, a dashed line its floor. Both axes are logarithmic: cost in
+proportion is a straight line of slope 1.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the scripts are files in the root, not a package
+
+import speed
+from shapes import build_world, preset, sized
+from utils import UserError, environment, launch
+
+AXES = {  # {name: what its axis shows}
+    "batches": "responses of an update",
+    "responses": "tokens of a response",
+    "vocabularies": "ids of the vocabulary",
+    "sizes": "parameters of the policy's layers",
+}
+COLOURS = {"rollout": "#0072B2", "score": "#009E73", "update": "#D55E00"}  # colour-blind safe
+
+
+@dataclass
+class Args:
+    batches: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """responses of an update, all in one forward"""
+    responses: tuple[int, ...] = (16, 48, 112, 240)
+    """tokens of every response"""
+    vocabularies: tuple[int, ...] = (512, 2048, 8192, 32768)
+    """ids"""
+    sizes: tuple[str, ...] = ("2x128", "4x256", "6x384", "8x512")
+    """GPT-2, layers x width; policy and critic alike"""
+    base_batch: int = 32
+    """the batch where something else varies; likewise the next three"""
+    base_response: int = 48
+    """tokens"""
+    base_vocabulary: int = 8192
+    """ids"""
+    base_size: str = "4x256"
+    """layers x width"""
+    prompt_length: int = 16
+    """tokens of every prompt"""
+    num_epochs: int = 1
+    """PPO epochs of an update, one step each"""
+    engine: Literal["eager", "compiled"] = "compiled"
+    """without or with --compile"""
+    dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
+    """precision of the update, of sampling and of the floor"""
+    repeats: int = 3
+    """rounds: measured turns of each point"""
+    threads: int | None = None
+    """CPU threads; none: the processors this process may use"""
+    input: str | None = None
+    """a file that this command wrote: draw it, measure nothing"""
+    output: str | None = None
+    """a JSON file for the result, which must not exist yet; the picture lies beside it"""
+
+
+def points(args):
+    """[{batches, responses, vocabularies, sizes}]: the base with one of them varied, each once, the cheapest first."""
+    base = {"batches": args.base_batch, "responses": args.base_response}
+    base |= {"vocabularies": args.base_vocabulary, "sizes": args.base_size}
+    found = [base]
+    for axis in AXES:
+        found += [point for value in getattr(args, axis) if (point := base | {axis: value}) not in found]
+    return base, found
+
+
+def layer_parameters(size):
+    """Weights of the linear layers of a GPT-2 `layers x width`."""
+    layers, width = map(int, size.split("x"))
+    return 12 * layers * width**2
+
+
+def measure(point, args, folder, threads, say):
+    """The point with {phase: {median, low, high}} of ours and of the floor."""
+    name = f"gpt2-{point['sizes']}-v{point['vocabularies']}"
+    options = speed.Args(parts=("ppo",), engines=(args.engine, "floor"), repeats=args.repeats, fresh=False)
+    sizes = {"batch_size": point["batches"], "response_length": point["responses"]}
+    options = replace(options, **sizes, prompt_length=args.prompt_length, num_epochs=args.num_epochs)
+    shape = sized(preset(name), options)
+    shape.micro_batch = shape.batch
+    folder.mkdir()
+    world = build_world(shape, folder, ("ppo",), ("full",), 1)
+    ours, floor = contenders = speed.build_contenders("ppo", shape, [args.dtype], "full", world, options)
+    say(" ".join(map(str, point.values())))
+    speed.run_rounds(contenders, folder, threads, options, say)
+    over = {name: speed.ratio(*([turn[name] for turn in c.turns] for c in contenders)) for name in speed.PHASES}
+    ours, floor = ({name: speed.spread([t[name] for t in c.turns]) for name in speed.PHASES} for c in contenders)
+    return point | {"ours": ours, "floor": floor, "over_floor": over}
+
+
+def figure_of(record):
+    """One panel for each axis, one line for each phase, its floor dashed in the same colour."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for panel, (axis, xlabel) in zip(figure.subplots(1, 4, sharey=True), AXES.items(), strict=True):
+        others = [name for name in AXES if name != axis]
+        line = [p for p in record["points"] if all(p[name] == record["base"][name] for name in others)]
+        x = [layer_parameters(p[axis]) if axis == "sizes" else p[axis] for p in line]
+        for name, colour in COLOURS.items():
+            for key, style in ("ours", "o-"), ("floor", "--"):
+                y = [seconds for _, seconds in sorted(zip(x, [p[key][name]["median"] for p in line], strict=True))]
+                label = name if key == "ours" else f"{name}, floor"
+                panel.plot(sorted(x), y, style, color=colour, markersize=4, label=label)
+        panel.set(xscale="log", yscale="log", xlabel=xlabel)
+        panel.set_xticks(sorted(x), [f"{v / 1e6:.1f}M" if axis == "sizes" else str(v) for v in sorted(x)], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    base, args = record["base"], record["args"]
+    figure.suptitle(
+        f"An update of {base['batches']} x ({args['prompt_length']} + {base['responses']}) tokens, GPT-2 {base['sizes']}, "
+        f"{base['vocabularies']} ids, {args['num_epochs']} epoch, {args['engine']}, {args['dtype']}; one of them varied"
+    )
+    return figure
+
+
+def draw(record, path):
+    figure_of(record).savefig(path, dpi=110)
+    print(f"written to {path}")
+
+
+def table(record):
+    """Seconds of each point's phases, and how many times the floor the update takes."""
+    rows = [[*AXES, *speed.PHASES, "update / floor"]]
+    for p in record["points"]:
+        cells = [speed.number(p["ours"][name]["median"]) for name in speed.PHASES]
+        rows.append([*(str(p[name]) for name in AXES), *cells, speed.number(p["over_floor"]["update"]["median"])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+
+
+def main(args):
+    if (args.input is None) == (args.output is None):
+        raise UserError("--input or --output: give one of them")
+    if args.input:
+        record = json.loads(Path(args.input).read_text())
+        print(table(record))
+        return draw(record, Path(args.input).with_suffix(".png"))
+    if Path(args.output).exists():
+        raise UserError(f"--output {args.output}: exists already; name another file or remove it")
+    base, found = points(args)
+    for point in found:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", point["sizes"]):
+            raise UserError(f"--sizes {point['sizes']}: give <layers>x<width>, such as 4x256")
+        if min(point["batches"], point["responses"], point["vocabularies"] - 7) < 1:
+            raise UserError("--batches and --responses must be at least 1, --vocabularies at least 8")
+    began, record = time.time(), {"args": asdict(args), "argv": sys.argv, "base": base, "points": []}
+    threads = args.threads or speed.usable_processors()
+    record |= {"environment": environment(), "processor": speed.processor(), "threads": threads}
+
+    def say(text):
+        print(f"{time.time() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="growth_") as temporary:
+        for number, point in enumerate(found):
+            record["points"].append(measure(point, args, Path(temporary, str(number)), threads, say))
+    record["seconds"] = time.time() - began
+    print(table(record))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{args.output}.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    os.rename(f"{args.output}.tmp", args.output)
+    draw(record, Path(args.output).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    launch(main, tyro.cli(Args, use_underscores=True))
