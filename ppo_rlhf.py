@@ -231,7 +231,7 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
         alive = (~ended).nonzero().squeeze(1) if t % 8 == 7 or device.type == "cpu" else rows  # a GPU: a wait
         if len(alive) == 0:
             break
-        if drops and 1 < len(alive) <= len(rows) / 2:  # a single row would be compiled anew
+        if drops and 1 < len(alive) <= len(rows) / (2 if t else 1):  # a single row would be compiled anew
             rows, ended, key_mask, tokens, positions = (x[alive] for x in (rows, ended, key_mask, tokens, positions))
             cache.reorder_cache(alive)
     return responses
@@ -468,26 +468,26 @@ def main(args):
     for function in filter(None, (reward_fn, monitor_fn)):  # asked once, so that mistakes show before anything runs
         call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
-    ranks = init_ranks()
-    device, options = ranks.device, {"triton.cudagraphs": torch.cuda.is_available()}
+    device, cuda = (ranks := init_ranks()).device, torch.cuda.is_available()
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
     actor_critic = ActorCritic(policy, critic, args.entropy_coef)
-    train_model = wrap(actor_critic, ranks, args.compile)
+    train_model = wrap(actor_critic, ranks, args.compile, dynamic=True)  # one graph for micro-batches of all lengths
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     sampler = policy if args.precision == "fp32" else copy.deepcopy(policy).requires_grad_(False)
     for parameter in sampler.parameters() if sampler is not policy else ():  # buffers (rotary frequencies) stay fp32
         parameter.data = parameter.data.bfloat16()  # in storage that never moves
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the modules stay what they are
-    step = torch.compile(decode_step, fullgraph=True, options=options) if args.compile else decode_step
-    frozen, score = (torch.compile(x) if args.compile else x for x in (ActorCritic(reference, None), last_token_scores))
+    compiled = torch.compile if args.compile else lambda function, **_: function
+    frozen, score = compiled(ActorCritic(reference, None)), compiled(last_token_scores)
+    options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    step = compiled(decode_step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay, rows leave
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine, size = slice(ranks.rank * B, (ranks.rank + 1) * B), args.micro_batch_size
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
     bias, pad_id = logit_bias(policy, tokenizer), tokenizer.pad_token_id
     sampling = {"bias": bias, "min_length": args.min_length, "step": step}
-    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R) if device.type == "cuda" else None
+    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R) if cuda else None
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0

@@ -37,14 +37,14 @@ def launch(main, args):
 
 def init_ranks():
     """Join the process group that `torchrun` announces (nccl on CUDA, gloo on CPU); one rank without torchrun."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
+    importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
     if cuda:
         torch.cuda.set_device(device)
     else:  # compiled on CPU: exp takes less time than tanh, ReLU's backward less from its output than from a stored mask,
         inductor, functorch = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
         inductor.cpp.use_decompose_tanh = functorch.aggressive_recomputation = True
-        inductor.realize_opcount_threshold = 8  # and the causal mask once less than anew in each layer's softmax
+        inductor.realize_opcount_threshold = 12  # and the causal mask once less than anew in each layer's softmax
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
@@ -53,9 +53,9 @@ def init_ranks():
     return Ranks(*(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1), device)
 
 
-def wrap(module, ranks, compiled):
-    """The module that the loss goes through: compiled if asked, and with gradients averaged over ranks."""
-    module = torch.compile(module) if compiled else module
+def wrap(module, ranks, compiled, dynamic=None):
+    """The module that the loss goes through: compiled if asked (dynamic: for all sizes), gradients averaged over ranks."""
+    module = torch.compile(module, dynamic=dynamic) if compiled else module
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 

@@ -1,15 +1,20 @@
 """Whole runs with --compile against the same runs without: metrics equal, plain keys saved. About a minute when cold."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "benchmarks")]
 
 import ppo_rlhf
 import reward_model
 import sft
 from conftest import write_jsonl
+from turns import CompileWatch
 
 LETTERS = "abcdefghijklmnop"
 TEXTS = [
@@ -52,3 +57,38 @@ def test_compiled_is_eager(script, runs, tmp_path):
     for line, other in zip(eager, compiled, strict=True):
         assert other == pytest.approx(line, rel=1e-3, abs=1e-4)
     assert weights[0].keys() == weights[1].keys()
+
+
+def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
+    """Two updates of full responses, then rows that end early: they leave the batch, and micro-batches are cut. There are
+    as many rows as positions, which means nothing."""
+    counts, lengths, watch, generate, progress = [], [], CompileWatch(), ppo_rlhf.generate, ppo_rlhf.progress
+
+    def ending(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, **sampling):
+        """Any letter from the seventh id on ends a late response; an EOS stands where one is to end, and nowhere else."""
+        late, R = len(counts) > 2, uniforms.shape[1]
+        sampling["min_length"], ends = 0 if late else R, torch.arange(6, len(sampling["bias"])) if late else stop_ids
+        responses = generate(model, queries, query_mask, uniforms, temperature, ends, pad_id, **sampling)
+        responses[responses == stop_ids[0]] = 6
+        last = (responses != pad_id).sum(1).clamp(max=R) - 1
+        responses[torch.arange(len(responses)), last] = stop_ids[0]
+        lengths.append(last + 1)
+        return responses
+
+    def watched(*arguments):
+        for update in progress(*arguments):
+            counts.append(watch.count)
+            yield update
+        counts.append(watch.count)
+
+    monkeypatch.setattr(ppo_rlhf, "generate", ending)
+    monkeypatch.setattr(ppo_rlhf, "progress", watched)
+    Path(tmp_path, "length.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [len(x) for x in responses]\n"
+    )
+    sizes = {"total_episodes": 96, "batch_size": 24, "micro_batch_size": 24, "response_length": 22}
+    flags = {key: runs["ppo_rlhf"][1][key] for key in ("model", "dataset")} | sizes | {"value_trunk": "shared"}
+    flags |= {"reward_fn": f"{tmp_path}/length.py:length", "compile": True, "output_dir": str(tmp_path / "run")}
+    ppo_rlhf.main(ppo_rlhf.Args(**flags))
+    assert min(lengths[0].min(), lengths[1].min()) == 22 and max(x.max() for x in lengths[2:]) <= 16
+    assert counts[1] > 0 and counts[2:] == [counts[2]] * 3

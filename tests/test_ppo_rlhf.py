@@ -504,10 +504,10 @@ def test_compiled_step_samples_the_same_tokens(gpt2_folder, keeps):
         assert torch.equal(responses, sample(policy, QUERIES, uniforms, stop_ids=stop_ids))
 
 
-def test_dropping_rows_compiles_three_times(gpt2_folder):
-    """The prefill, a step of all rows, and a step of any number of rows: however many stay, nothing is compiled anew."""
+def test_dropping_rows_compiles_twice(gpt2_folder):
+    """The prefill, and a step of any number of rows: however many stay, nothing is compiled anew."""
     policy, counter, left = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)[0], CompileCounter(), set()
-    compiled = torch.compile(decode_step, backend=counter, fullgraph=True)
+    compiled = torch.compile(decode_step, backend=counter, fullgraph=True, dynamic=True)
 
     def step(model, cache, tokens, *inputs):
         left.add(len(tokens))
@@ -517,7 +517,7 @@ def test_dropping_rows_compiles_three_times(gpt2_folder):
         uniforms, stop_ids = uniform(40, 30, seed=seed), [EOS, *range(2, 5)]
         responses = sample(policy, QUERIES * 10, uniforms, stop_ids=stop_ids, step=step)
         assert torch.equal(responses, sample(policy, QUERIES * 10, uniforms, stop_ids=stop_ids))
-    assert len(left) >= 10 and counter.frame_count == 3
+    assert len(left) >= 10 and counter.frame_count == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
