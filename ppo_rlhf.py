@@ -231,7 +231,7 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
         alive = (~ended).nonzero().squeeze(1) if t % 8 == 7 or device.type == "cpu" else rows  # a GPU: a wait
         if len(alive) == 0:
             break
-        if drops and 1 < len(alive) <= len(rows) / (2 if t else 1):  # a single row would be compiled anew
+        if drops and 1 < len(alive) <= len(rows) / (2 if t else 1):  # 1 compiles anew; t = 0: the cache must be a copy
             rows, ended, key_mask, tokens, positions = (x[alive] for x in (rows, ended, key_mask, tokens, positions))
             cache.reorder_cache(alive)
     return responses
@@ -468,7 +468,7 @@ def main(args):
     for function in filter(None, (reward_fn, monitor_fn)):  # asked once, so that mistakes show before anything runs
         call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
     P, R = max(len(ids) for ids, _ in prompts), args.response_length
-    device, cuda = (ranks := init_ranks()).device, torch.cuda.is_available()
+    cuda = (device := (ranks := init_ranks()).device).type == "cuda"
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)

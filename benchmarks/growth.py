@@ -10,7 +10,6 @@ proportion is a straight line of slope 1.
 """
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the scripts are files in the root, not a package
 
 import speed
+from evaluate import write_whole
 from shapes import build_world, preset, sized
 from utils import UserError, environment, launch
 
@@ -47,7 +47,7 @@ class Args:
     """tokens of every response"""
     vocabularies: tuple[int, ...] = (512, 2048, 8192, 32768)
     """ids"""
-    sizes: tuple[str, ...] = ("2x128", "4x256", "6x384", "8x512")
+    sizes: tuple[str, ...] = ("2x128", "4x256", "6x320", "8x512")
     """GPT-2, layers x width; policy and critic alike"""
     base_batch: int = 32
     """the batch where something else varies; likewise the next three"""
@@ -76,12 +76,13 @@ class Args:
 
 
 def points(args):
-    """[{batches, responses, vocabularies, sizes}]: the base with one of them varied, each once, the cheapest first."""
+    """(the base {batches, responses, vocabularies, sizes}, [the base and the base with one of them varied, each once])."""
     base = {"batches": args.base_batch, "responses": args.base_response}
     base |= {"vocabularies": args.base_vocabulary, "sizes": args.base_size}
     found = [base]
     for axis in AXES:
-        found += [point for value in getattr(args, axis) if (point := base | {axis: value}) not in found]
+        for value in getattr(args, axis):
+            found += [base | {axis: value}] if base | {axis: value} not in found else []
     return base, found
 
 
@@ -92,21 +93,21 @@ def layer_parameters(size):
 
 
 def measure(point, args, folder, threads, say):
-    """The point with {phase: {median, low, high}} of ours and of the floor."""
+    """The point with {phase: {median, low, high}} of ours and of the floor, and what ours compiled behind its warm-up."""
     name = f"gpt2-{point['sizes']}-v{point['vocabularies']}"
     options = speed.Args(parts=("ppo",), engines=(args.engine, "floor"), repeats=args.repeats, fresh=False)
-    sizes = {"batch_size": point["batches"], "response_length": point["responses"]}
-    options = replace(options, **sizes, prompt_length=args.prompt_length, num_epochs=args.num_epochs)
+    batch, sizes = point["batches"], {"prompt_length": args.prompt_length, "response_length": point["responses"]}
+    options = replace(options, **sizes, batch_size=batch, micro_batch_size=batch, num_epochs=args.num_epochs)
     shape = sized(preset(name), options)
-    shape.micro_batch = shape.batch
     folder.mkdir()
     world = build_world(shape, folder, ("ppo",), ("full",), 1)
     ours, floor = contenders = speed.build_contenders("ppo", shape, [args.dtype], "full", world, options)
     say(" ".join(map(str, point.values())))
     speed.run_rounds(contenders, folder, threads, options, say)
+    recompiles = ours.turns[-1]["compiles"] - ours.warm[0]["compiles"]
     over = {name: speed.ratio(*([turn[name] for turn in c.turns] for c in contenders)) for name in speed.PHASES}
     ours, floor = ({name: speed.spread([t[name] for t in c.turns]) for name in speed.PHASES} for c in contenders)
-    return point | {"ours": ours, "floor": floor, "over_floor": over}
+    return point | {"ours": ours, "floor": floor, "over_floor": over, "recompiles": recompiles}
 
 
 def figure_of(record):
@@ -157,7 +158,10 @@ def main(args):
         record = json.loads(Path(args.input).read_text())
         print(table(record))
         return draw(record, Path(args.input).with_suffix(".png"))
-    if Path(args.output).exists():
+    output = Path(args.output)
+    if output.suffix != ".json" or args.repeats < 1:
+        raise UserError("--output must end in .json, --repeats must be at least 1")
+    if output.exists() or output.with_suffix(".png").exists():
         raise UserError(f"--output {args.output}: exists already; name another file or remove it")
     base, found = points(args)
     for point in found:
@@ -175,12 +179,10 @@ def main(args):
     with tempfile.TemporaryDirectory(prefix="growth_") as temporary:
         for number, point in enumerate(found):
             record["points"].append(measure(point, args, Path(temporary, str(number)), threads, say))
-    record["seconds"] = time.time() - began
+            record["seconds"] = time.time() - began
+            write_whole(args.output, json.dumps(record, indent=1) + "\n")
     print(table(record))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.output}.tmp").write_text(json.dumps(record, indent=1) + "\n")
-    os.rename(f"{args.output}.tmp", args.output)
-    draw(record, Path(args.output).with_suffix(".png"))
+    draw(record, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

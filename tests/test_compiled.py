@@ -62,11 +62,19 @@ def test_compiled_is_eager(script, runs, tmp_path):
 def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
     """Two updates of full responses, then rows that end early: they leave the batch, and micro-batches are cut. There are
     as many rows as positions, which means nothing."""
-    counts, lengths, watch, generate, progress = [], [], CompileWatch(), ppo_rlhf.generate, ppo_rlhf.progress
+    watch, generate, progress = CompileWatch(), ppo_rlhf.generate, ppo_rlhf.progress
+    counts, lengths, decoded = [], [], []
 
     def ending(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, **sampling):
         """Any letter from the seventh id on ends a late response; an EOS stands where one is to end, and nowhere else."""
         late, R = len(counts) > 2, uniforms.shape[1]
+        step = sampling["step"]
+
+        def counting(*inputs):
+            decoded.append(len(inputs[2]))
+            return step(*inputs)
+
+        sampling["step"] = counting
         sampling["min_length"], ends = 0 if late else R, torch.arange(6, len(sampling["bias"])) if late else stop_ids
         responses = generate(model, queries, query_mask, uniforms, temperature, ends, pad_id, **sampling)
         responses[responses == stop_ids[0]] = 6
@@ -91,4 +99,5 @@ def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
     flags |= {"reward_fn": f"{tmp_path}/length.py:length", "compile": True, "output_dir": str(tmp_path / "run")}
     ppo_rlhf.main(ppo_rlhf.Args(**flags))
     assert min(lengths[0].min(), lengths[1].min()) == 22 and max(x.max() for x in lengths[2:]) <= 16
+    assert decoded[:44] == [24] * 44 and min(decoded) < 24
     assert counts[1] > 0 and counts[2:] == [counts[2]] * 3

@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "benchmarks")]
 import growth
 from utils import UserError
 
-AXES = {"batches": (2, 4), "responses": (8, 16), "vocabularies": (32,), "sizes": ("1x24", "2x24")}
+AXES = {"batches": (2, 4), "responses": (8, 16), "vocabularies": (32,), "sizes": ("1x24", "2x24", "2x24")}
 BASE = {"base_batch": 2, "base_response": 8, "base_vocabulary": 32, "base_size": "1x24"}
 
 
@@ -46,6 +46,7 @@ def test_one_point_measured_and_drawn(tmp_path, capsys):
     growth.main(growth.Args(**one, **options, output=str(output)))
     record = json.loads(output.read_text())
     (point,) = record["points"]
+    assert point["recompiles"] == 0
     assert all(point[key][name]["median"] > 0 for key in ("ours", "floor") for name in growth.speed.PHASES)
     assert output.with_suffix(".png").stat().st_size > 10000
     output.with_suffix(".png").unlink()
@@ -57,7 +58,8 @@ def test_one_point_measured_and_drawn(tmp_path, capsys):
     ("options", "message"),
     [
         ({}, "give one of them"),
-        ({"output": __file__}, "exists already"),
+        ({"output": __file__}, "must end in .json"),
+        ({"output": "new.json", "repeats": 0}, "at least 1"),
         ({"output": "new.json", "sizes": ("4y256",)}, "--sizes 4y256: give"),
         ({"output": "new.json", "batches": (0,)}, "must be at least 1"),
     ],

@@ -14,6 +14,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
+import ppo_rlhf
 import utils
 
 ONE = utils.Ranks(0, 1, torch.device("cpu"))
@@ -531,6 +532,19 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
     torch.testing.assert_close(y.double(), layers(*exact), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip((x, *weights), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_on_cpu_the_logits_are_stored_once():
+    """Storing what takes a few operations, for the mask's sake, must not store another tensor of the logits' size."""
+    utils.init_ranks()
+    hidden, head, tokens = torch.randn(4, 6, 24, requires_grad=True), torch.randn(4096, 24), torch.arange(24).view(4, 6)
+
+    def logprobs(hidden, head, tokens, bias):
+        return ppo_rlhf.token_logprobs(torch.nn.functional.linear(hidden, head) + bias, tokens, 0.7)
+
+    result, codes = run_and_get_code(torch.compile(logprobs), hidden, head, tokens, torch.zeros(4096))
+    torch.testing.assert_close(result, logprobs(hidden, head, tokens, torch.zeros(4096)), rtol=1e-5, atol=1e-5)
+    assert len(re.findall(r"empty_strided_cpu\(\((?:24|4, 6), 4096\)", codes[0])) == 1
 
 
 def test_compiled_on_cpu_the_causal_mask_is_computed_once():
