@@ -127,7 +127,7 @@ def figure_of(record):
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     base, args = record["base"], record["args"]
     figure.suptitle(
         f"An update of {base['batches']} x ({args['prompt_length']} + {base['responses']}) tokens, GPT-2 {base['sizes']}, "
