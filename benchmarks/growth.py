@@ -101,13 +101,13 @@ def measure(point, args, folder, threads, say):
     shape = sized(preset(name), options)
     folder.mkdir()
     world = build_world(shape, folder, ("ppo",), ("full",), 1)
-    ours, floor = contenders = speed.build_contenders("ppo", shape, [args.dtype], "full", world, options)
+    contenders = speed.build_contenders("ppo", shape, [args.dtype], "full", world, options)
     say(" ".join(map(str, point.values())))
     speed.run_rounds(contenders, folder, threads, options, say)
-    recompiles = ours.turns[-1]["compiles"] - ours.warm[0]["compiles"]
-    over = {name: speed.ratio(*([turn[name] for turn in c.turns] for c in contenders)) for name in speed.PHASES}
-    ours, floor = ({name: speed.spread([t[name] for t in c.turns]) for name in speed.PHASES} for c in contenders)
-    return point | {"ours": ours, "floor": floor, "over_floor": over, "recompiles": recompiles}
+    ours, floor = (speed.summarise(contender, 1, "updates") for contender in contenders)
+    _, over_floor = speed.compare(contenders, 1)
+    result = {"ours": ours["phases"], "floor": floor["phases"], "over_floor": over_floor[ours["name"]]}
+    return point | result | {"recompiles": ours["recompiles"]}
 
 
 def figure_of(record):
@@ -137,6 +137,7 @@ def figure_of(record):
 
 
 def draw(record, path):
+    """Write the figure as a PNG file."""
     figure_of(record).savefig(path, dpi=110)
     print(f"written to {path}")
 

@@ -1,4 +1,4 @@
-"""Whole runs with --compile against the same runs without: metrics equal, plain keys saved. About a minute when cold."""
+"""Whole runs with --compile against the same runs without: metrics equal, plain keys saved. Minutes when cold."""
 
 import json
 import sys
