@@ -15,7 +15,7 @@ Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/mo
 Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width. State i is the prefix
 up to token i, its action is token i + 1; column j of (B,A) is a row's action j. What the environment says is no action:
 behind a turn comes the next turn's first state. A turn's last token is paid; terminal marks a row's last action.
-Deviations from the paper's code: one trunk (there: two); heads start at 0; AWAC is a mean over action tokens.
+Deviations from the paper's code: one trunk (there: three); heads start at 0; AWAC is a mean over action tokens.
 """
 
 import copy
@@ -57,17 +57,17 @@ class Args:
     batch_size: int = 100
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 100
-    """rows per forward on one rank: a memory knob, without effect on the objective"""
+    """rows per forward on one rank: a memory knob, without effect on the objective (--q_rows embeddings: 128 at first)"""
     max_length: int = 512
-    """tokens; longer rows lose the start of their prompt; dialogues, and rows where that is not enough, are left out"""
+    """tokens; longer rows lose the start of their prompt; longer dialogues, and rows of too short a prompt, are left out"""
     normalize_rewards: bool = False
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
     """Q heads; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """last layer of Q: a row for each id; or the LM head's rows, frozen, so that ids share what is learned (--lr 1e-4)"""
+    """last layer of Q: a row for each id; or the LM head's rows, frozen, so that ids share what is learned (--lr 2e-4)"""
     tau: float = 0.8
-    """expectile, between 0 and 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
+    """expectile, above 0 and at most 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
     gamma: float = 0.99
     """discount per action"""
     beta: float = 0.0
@@ -183,7 +183,7 @@ def load_ilql(path):
 def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, tau, gamma, beta, cql_weight,
               awac_weight, num_tokens=None):  # fmt: skip
     """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
-    total = q + v + cql_weight * cql + awac_weight * awac (Snell et al. 2022, section 4); q, cql: sums over heads. Shapes (B,A);
+    total = q + v + cql_weight * cql + awac_weight * awac (code of Snell et al. 2022); q, cql: sums over heads. Shapes (B,A);
     lists qs, target_qs and logits (B,A,V), or (B,A,1) of the actions alone: then cql, awac are 0. The mask hides all behind it."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
@@ -288,9 +288,9 @@ def encode_row(tokenizer, row):
     template writes between two turns of the agent, and behind the EOS of one, is the environment's."""
     eos, plain = tokenizer.eos_token, {"add_special_tokens": False}
     ids, states, ends, parts, shown = [], [], [], [], ""
-    given, later = (row["prompt"], row["completion"]) if "completion" in row else ([], row["messages"])
+    given, later = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
     messages = [x for part in (given, later) if isinstance(part, list) for x in part]
-    if "completion" in row and isinstance(later, str):
+    if "messages" not in row and isinstance(later, str):  # it ends at its first EOS, if it holds one
         parts = [(encode_prompt(tokenizer, given), later.partition(eos)[0])]
     for i, role in enumerate(message.get("role") for message in messages):
         if role not in ("system", "user", "assistant", "tool"):
@@ -308,14 +308,14 @@ def encode_row(tokenizer, row):
     for environment, said in parts:
         response = tokenizer(said, **plain).input_ids + [tokenizer.eos_token_id]
         ids += environment + response
-        states += [i for i in range(len(ids) - len(response) - 1, len(ids) - 1) if i >= 0]
+        states += range(len(ids) - len(response) - 1, len(ids) - 1)
         ends += states[-1:]  # the state whose action is the turn's last token
-    if not ends or len(ends) < len(parts):
-        raise UserError("no action token: the agent says nothing after something else")
+    if not ends or states[0] < 0:
+        raise UserError("no action token or no prompt: needs two texts, or messages of which an assistant says one")
     rewards = row["reward"] if isinstance(row["reward"], list) else [row["reward"]]
     if isinstance(row["reward"], list) and len(rewards) != len(ends):
-        raise UserError(f"{len(rewards)} rewards for {len(ends)} assistant turns")
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in rewards):
+        raise UserError(f"assistant turns: {len(ends)}, but rewards: {len(rewards)}")
+    if not all(isinstance(x, (int, float)) and abs(x) < 3e38 for x in rewards):  # finite in fp32, too
         raise UserError(f"reward is {row['reward']!r}, which is not a finite number")
     return ids, states, dict(zip(ends[-len(rewards) :], rewards))
 
@@ -331,7 +331,7 @@ def encode_rated(rows, tokenizer, args):
         except Exception as error:  # chat templates refuse in many ways
             raise UserError(f"{args.dataset}: row {number}: {error}") from error
         cut = max(len(ids) - args.max_length, 0)
-        if cut == 0 or ("completion" in row and cut <= states[0]):  # the prompt's start, never a row's end
+        if cut == 0 or ("messages" not in row and cut <= states[0]):  # the prompt's start, never a row's end
             actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
             kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
     if len(kept) < len(rows):
@@ -370,7 +370,8 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         mask = response_mask(responses, sampling["stop_ids"])
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not args.reward_model:
-            scores = torch.tensor([float(x) for x in scorer([row["prompt"] for row in rows], texts, **columns)])
+            answers = scorer([row["prompt"] for row in rows], texts, **columns)
+            scores = torch.tensor([math.nan if isinstance(x, str | None) else float(x) for x in answers])
         else:  # at the last real token
             whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]
             hidden = last_hidden(scorer.to(ranks.device), *whole)[range(len(rows)), mask.sum(1) - mask.shape[1] - 1]
@@ -378,9 +379,8 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         if len(scores) != len(rows) or not scores.isfinite().all():
             raise UserError(f"{args.reward_fn or args.reward_model}: not a finite number for each response")
         means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
-        for row, text, score in zip(rows[: 10 * run.is_main], texts, scores.tolist()):
-            sample = {"step": step, "beta": beta, "query": row["prompt"], "response": text, "score": score}
-            run.append("samples.jsonl", [sample])
+        shown, names = zip([row["prompt"] for row in rows[:10]], texts, scores.tolist()), ("query", "response", "score")
+        run.append("samples.jsonl", [{"step": step, "beta": beta, **dict(zip(names, x))} for x in shown] * run.is_main)
     return means.reduce()
 
 
@@ -388,8 +388,8 @@ def main(args):
     args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
     if wrong := [flag for flag in ("tau", "gamma", "alpha") if not 0 < getattr(args, flag) <= 1]:
         raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: must be above 0 and at most 1")
-    if not (args.eval_betas and all(map(math.isfinite, args.eval_betas))) or (args.reward_fn and args.reward_model):
-        raise UserError("--eval_betas needs finite numbers; of --reward_fn and --reward_model at most one can be given")
+    if not (args.eval_betas and all(abs(x) < 1e9 for x in args.eval_betas)) or (args.reward_fn and args.reward_model):
+        raise UserError("--eval_betas needs numbers below 1e9; of --reward_fn and --reward_model only one can be given")
     tokenizer = load_tokenizer(args.model)
     rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
     if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
@@ -415,14 +415,15 @@ def main(args):
     torch.manual_seed(args.seed)
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     if max(limits[0], P + R) > getattr(policy.config, "max_position_embeddings", math.inf):
-        raise UserError(f"--max_length: {max(limits[0], P + R)} tokens are more than the positions of {args.model}")
+        raise UserError(f"--max_length: {limits[0]} or {P} + {R} tokens are more than the positions of {args.model}")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     pad_id, eos, num_ids = tokenizer.pad_token_id, tokenizer.eos_token_id, policy.config.vocab_size
     policy.config.update({"pad_token_id": pad_id, "eos_token_id": eos})
     policy.generation_config = GenerationConfig.from_model_config(policy.config)
     cache, x = StaticCache(config=policy.config, max_cache_len=P + R), torch.zeros(1, 1).long()  # x: one id
-    plain = torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
+    plain = not getattr(policy.config, "final_logit_softcapping", None)
+    plain &= torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
     if not plain or policy.config.model_type == "gpt_neo" or "Linear" in str([type(layer) for layer in cache.layers]):
         raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally or linearly")
     ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.q_rows, **statistics).to(device)
@@ -445,8 +446,7 @@ def main(args):
     off = {k for k, x in (("cql", args.cql_weight), ("awac", args.policy_lr_scale)) if not x}  # losses not computed
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
     if args.resume:
-        state = run.load_checkpoint()
-        ilql.load_state_dict(state["model"])
+        ilql.load_state_dict((state := run.load_checkpoint())["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     for step in progress(done, num_steps, ranks, "ilql_rlhf"):
@@ -492,8 +492,8 @@ def main(args):
             run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", ilql, tokenizer)
-        print(f"\nmodel folder  {run.folder}/model\nnext          ", end="")
-        print(f"python benchmarks/evaluate.py --run {run.folder} --beta {args.eval_betas[-1]:g}")
+        print(f"\nmodel folder  {run.folder}/model\nnext          ", end="python benchmarks/evaluate.py ")
+        print(f"--run {run.folder} --beta {args.eval_betas[-1]:g}{'' if prompts else ' --dataset my_prompts.jsonl'}")
 
 
 if __name__ == "__main__":

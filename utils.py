@@ -122,7 +122,7 @@ class Means(dict):
 def load_rows(path, columns):
     """A datasets.Dataset that has one of the groups of text columns: a .json(l) or .parquet file, a folder, a Hub name."""
     check_path(path)
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     local, source = Path(path), {"path": path}
     if local.exists():
         suffixes = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -134,14 +134,14 @@ def load_rows(path, columns):
     try:
         rows = datasets.load_dataset(**source, split="train")
     except Exception as error:  # the library raises many kinds; the first line of each says what happened
-        raise UserError(f"{path}: cannot be read as a data set: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}: cannot be read as a data set: {error.__cause__ or error}") from error
     if not any(set(group) <= set(rows.column_names) for group in columns):
         raise UserError(f"{path}: needs {' or '.join(map('+'.join, columns))}; it has {', '.join(rows.column_names)}")
     for name in sorted(set().union(*columns) & set(rows.column_names)):
         for number, cell in enumerate(rows[name], start=1):
             turns = [x if isinstance(x, dict) else {} for x in cell] if isinstance(cell, list) else []
-            broken = any(not x.get("role") or (x.get("tool_calls") or x.get("content")) is None for x in turns)
-            if broken or not isinstance(cell, (str, list)):
+            whole = [x.get("role") and (x.get("tool_calls") or type(x.get("content")) in (str, list)) for x in turns]
+            if not all(whole) or not isinstance(cell, (str, list)):
                 raise UserError(f"{path}: row {number}: {name} is {cell!r}, not a text or messages of role and content")
     return rows
 

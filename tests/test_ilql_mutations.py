@@ -114,8 +114,8 @@ MUTANTS = {
     ),
     "expectile weights swapped": ("(tau - (target_q < vs)", "(tau - (target_q >= vs)", (loss, step)),
     "the environment acts": (
-        "for i in range(len(ids) - len(response) - 1, len(ids) - 1) if i >= 0",
-        "for i in range(len(ids) - len(response) - len(environment), len(ids) - 1) if i >= 0",
+        "states += range(len(ids) - len(response) - 1, len(ids) - 1)",
+        "states += range(len(ids) - len(response) - len(environment), len(ids) - 1)",
         (dialogue, step),
     ),
     "AWAC weight not detached": (

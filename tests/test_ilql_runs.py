@@ -17,6 +17,8 @@ from test_ilql_rlhf import TEMPLATE, turns
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     MambaConfig,
@@ -37,6 +39,9 @@ def too_few(prompts, responses, **columns):
 
 def not_a_number(prompts, responses, **columns):
     return [float("nan")] * len(responses)
+
+def nothing(prompts, responses, **columns):
+    return [None] * len(responses)
 """
 COMPLETIONS = ["a", "bc", "aab", "dab", "ca", "aaaa", "bb", "cdcd", "ab", "b", "ac", "daa"]
 KEYS = {
@@ -443,6 +448,17 @@ def test_a_model_that_scales_its_logits_is_refused(settings, tmp_path, llama_fol
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_caps_its_logits_is_refused(settings, tmp_path, llama_folder):
+    """Also while they are so small that the cap hardly shows."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=8, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    tokenizer.save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(utils.UserError, match="gemma2: it scales or caps its logits"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "gemma2")))
+
+
 def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):
     """Such a layer reads the whole prefill mask: behind the prompt it would meet the empty slots of a static cache."""
     config = MambaConfig(vocab_size=31, hidden_size=16, state_size=4, num_hidden_layers=1)
@@ -536,13 +552,13 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(mistake, settings, tmp_pa
 
 def test_mistakes_that_need_the_model(settings, tmp_path, capsys, monkeypatch):
     flags = settings(tmp_path / "run", response_length=64)
-    refuses(capsys, "ilql_rlhf", flags, "--max_length: 65 tokens are more than the positions")
+    refuses(capsys, "ilql_rlhf", flags, r"--max_length: \d+ or 1 \+ 64 tokens are more than the positions")
     monkeypatch.setattr(ilql_rlhf, "init_ranks", lambda: utils.Ranks(0, 2, CPU))
     refuses(capsys, "ilql_rlhf", settings(tmp_path / "run", batch_size=3), "--batch_size")
     refuses(capsys, "ilql_rlhf", settings(tmp_path / "run", eval_samples=3), "--eval_samples")
 
 
-@pytest.mark.parametrize("name", ["too_few", "not_a_number"])
+@pytest.mark.parametrize("name", ["too_few", "not_a_number", "nothing"])
 def test_a_reward_function_that_answers_nonsense(name, settings, tmp_path):
     flags = settings(tmp_path / "run", reward_fn=f"{settings.folder / 'rewards.py'}:{name}")
     with pytest.raises(utils.UserError, match=f"{name}: not a finite number for each response"):

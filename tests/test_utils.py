@@ -212,6 +212,8 @@ def test_load_rows_says_what_is_wrong(tmp_path):
     refused("empty.parquet: .*no data", utils.load_rows, str(tmp_path / "empty.parquet"), COLUMNS)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n')
     refused("broken.jsonl: cannot be read", utils.load_rows, str(tmp_path / "broken.jsonl"), COLUMNS)
+    (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "completion": "b", "reward": 1e400}\n')
+    refused("huge.jsonl: cannot be read.*too big", utils.load_rows, str(tmp_path / "huge.jsonl"), COLUMNS)
     (tmp_path / "notes.txt").write_text("text")
     refused("notes.txt: ", utils.load_rows, str(tmp_path / "notes.txt"), COLUMNS)
 
@@ -226,6 +228,11 @@ def test_messages_may_hold_tool_calls_parts_and_nothing_said(tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"messages": messages}) + "\n")
         assert len(utils.load_rows(str(path), [("messages",)])) == 1
+
+
+def test_messages_do_not_hold_numbers(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": 5}]}])
+    refused("row 1: messages is .*5.*not a text or messages", utils.load_rows, path, [("messages",)])
 
 
 def test_load_rows_refuses_a_folder_of_nothing(tmp_path):
