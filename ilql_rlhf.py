@@ -379,8 +379,8 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         if len(scores) != len(rows) or not scores.isfinite().all():
             raise UserError(f"{args.reward_fn or args.reward_model}: not a finite number for each response")
         means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
-        shown, names = zip([row["prompt"] for row in rows[:10]], texts, scores.tolist()), ("query", "response", "score")
-        run.append("samples.jsonl", [{"step": step, "beta": beta, **dict(zip(names, x))} for x in shown] * run.is_main)
+        for x in zip([row["prompt"] for row in rows[: 10 * run.is_main]], texts, scores.tolist()):
+            run.append("samples.jsonl", [{"step": step, "beta": beta, **dict(zip(("query", "response", "score"), x))}])
     return means.reduce()
 
 
