@@ -148,15 +148,17 @@ def encode_demonstrations(rows, tokenizer, max_length, path):
 
 
 def collate_labelled(rows, pad_id, num_rows, device):
-    """(input_ids, labels, attention_mask), each (B,T), right padded to a multiple of 8 tokens and to `num_rows` rows.
+    """(input_ids (B,T), labels (B,L), attention_mask (B,T)), right padded to a multiple of 8 tokens and to `num_rows` rows.
 
-    Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a rank that has
-    no row of an epoch's last batch still takes part in the gradient exchange.
+    Labels are those of the last L positions, which begin in front of the first label of any row: logits before them
+    are not needed. Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a
+    rank that has no row of an epoch's last batch still takes part in the gradient exchange.
     """
     rows = rows + [([0], [-100])] * (num_rows - len(rows))
     T = -(-max(len(ids) for ids, _ in rows) // 8) * 8
+    first = min([i for _, labels in rows for i, label in enumerate(labels) if label != -100], default=T - 1)
     input_ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in rows])
+    labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in rows])[:, max(first - 1, 0) :]
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in rows])
     return input_ids.to(device), labels.to(device), attention_mask.to(device)
 
@@ -170,10 +172,11 @@ def micro_batches(rows, length, ranks, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def forward(model, input_ids, attention_mask):
-    """Logits (B,T,V). Positions are always explicit."""
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
+def forward(model, input_ids, attention_mask, num_logits):
+    """Logits (B,L,V) of the last L = num_logits positions of T. Positions are always explicit."""
+    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
+    keep = torch.arange(input_ids.shape[1] - num_logits, input_ids.shape[1], device=input_ids.device)
+    return model(input_ids, **inputs, logits_to_keep=keep, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -183,7 +186,7 @@ def held_out_loss(model, rows, args, pad_id, ranks):
     for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
         input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-            loss_sum, token_count = token_loss(forward(model, input_ids, attention_mask), labels)
+            loss_sum, token_count = token_loss(forward(model, input_ids, attention_mask, labels.shape[1]), labels)
         means.add({"loss": loss_sum / token_count}, token_count)
     return means.reduce()["loss"]
 
@@ -238,7 +241,8 @@ def main(args):
             input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
             train_model.require_backward_grad_sync = k == len(parts)
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-                loss_sum, token_count = loss_fn(forward(train_model, input_ids, attention_mask), labels)
+                logits = forward(train_model, input_ids, attention_mask, labels.shape[1])
+                loss_sum, token_count = loss_fn(logits, labels)
             (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
             means.add({"train/sft/loss": loss_sum / token_count}, token_count)
 

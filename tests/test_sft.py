@@ -113,10 +113,13 @@ def test_right_padding_does_not_change_the_loss(kind, request, tokenizer):
     alone = sft.token_loss(model(torch.tensor([ids])).logits, torch.tensor([labels]))[0]
 
     input_ids, labels, attention_mask = sft.collate_labelled(encoded, tokenizer.pad_token_id, 3, CPU)
-    assert input_ids.shape == labels.shape == attention_mask.shape == (3, 24)  # the third row only fills up the shape
+    assert input_ids.shape == attention_mask.shape == (3, 24)  # the third row only fills up the shape
+    assert labels.shape == (3, 23) and (labels[0, 1] != -100)  # the first label of all is that of token 2
     for padding in (tokenizer.pad_token_id, 7):  # whatever ids the padding holds
         padded_ids = torch.where(attention_mask == 1, input_ids, padding)
-        logits = sft.forward(model, padded_ids, attention_mask)
+        logits = sft.forward(model, padded_ids, attention_mask, labels.shape[1])
+        whole = sft.forward(model, padded_ids, attention_mask, 24)
+        torch.testing.assert_close(logits, whole[:, 1:])
         padded = sft.token_loss(logits[:1], labels[:1])[0]
         assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
         assert sft.token_loss(logits[2:], labels[2:])[1] == 0
@@ -138,6 +141,15 @@ def test_labels_are_the_completion_and_one_eos(tokenizer):
     assert (
         sft.token_loss(torch.zeros(2, 8, 31), labels)[1] == 4 + 2
     )  # EOS is counted, the prompt and the padding are not
+
+
+def test_logits_begin_where_the_first_label_needs_them():
+    rows = [([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6]), ([1, 2, 3, 4], [-100] * 3 + [4]), ([1], [-100])]
+    for num_rows, labels in ((3, [[-100, -100, 5, 6] + [-100] * 2, [-100, 4] + [-100] * 4, [-100] * 6]), (4, None)):
+        batch = sft.collate_labelled(rows, 0, num_rows, CPU)[1]
+        assert batch.shape == (num_rows, 6) and (labels is None or batch.tolist() == labels)
+    assert sft.collate_labelled([], 0, 2, CPU)[1].tolist() == [[-100, -100]] * 2  # no label anywhere
+    assert sft.collate_labelled([([1, 2], [1, 2])], 0, 1, CPU)[1].tolist() == [[1, 2] + [-100] * 6]
 
 
 def test_text_rows_carry_loss_everywhere(tokenizer):
