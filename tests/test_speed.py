@@ -327,13 +327,20 @@ def test_the_pins_of_the_peers_are_those_that_are_measured():
 
 
 def test_what_crosses_the_wire_by_hand():
-    """10 trained parameters on 4 ranks: each sends 2 * 3/4 of 40 bytes; at the even point both take equally long."""
-    products, ring, sent = scaling.step_seconds(10, 4, 100, tflops=1e-9, gb_per_second=1e-9)
-    assert (products, ring, sent) == pytest.approx((6.0, 60.0, 60.0))
-    even = scaling.even_tokens(4, 400.0, 50.0)
-    products, ring, _ = scaling.step_seconds(7e9, 4, even, 400.0, 50.0)
-    assert products == pytest.approx(ring)
-    assert scaling.step_seconds(10, 1, 100, 1.0, 1.0)[1:] == (0, 0)
+    """10 trained parameters on 4 ranks: each sends 2 * 3/4 of 40 bytes."""
+    assert scaling.ring(10, 4, gb_per_second=1e-9) == pytest.approx((60.0, 60.0))
+    assert scaling.ring(10, 1, 1.0) == (0, 0)
+
+
+def test_the_phases_of_an_update_by_hand():
+    """2 rows of 3 + 2 tokens, one layer 4 wide with one product of 4 x 4, 7 ids; a critic of the same layers."""
+    model = floors.Model([(4, 4)], (4, 7), 1, 4, 4)
+    seconds = scaling.phase_seconds(model, model, 2, 3, 2, tflops=1e-12, memory_gb_per_second=1e-9)
+    body, head, attention = 2 * 10 * 16, 2 * 4 * 28, 2 * 15 * 16  # of one forward; pairs of a row: 1 + 2 + .. + 5
+    assert seconds["score"] == 4 * (body + attention) + 2 * head
+    assert seconds["update"] == 3 * (2 * (body + attention) + head)
+    prefill = 2 * (2 * 3) * 16 + 2 * 2 * 28
+    assert seconds["rollout"] == prefill + 2 * ((16 + 28) + 2 * 4 * 2 * 4)  # one step: weights, 3 + 1 keys and values
 
 
 def test_what_a_rank_holds_is_what_the_script_holds():
