@@ -5,8 +5,10 @@
     python benchmarks/growth.py --engine eager --batches 16 64 --responses 48 --vocabularies 8192 --sizes 4x256 --output g.json
 
 Every point is a comparison of speed.py, ours and the floor in turn; all but the varied size are those of the base. A
-line is the median over rounds of a phase's seconds, a dashed line its floor. Both axes are logarithmic: cost in
-proportion is a straight line of slope 1.
+line is the median over rounds of a phase's seconds, shaded from the least to the most; dashed is its floor. Both axes are
+logarithmic. What the products cost is not in proportion to every axis (prompts keep their length, the LM head has no
+layers): a line is to be held against its own floor, not against a slope. The base is measured once more at the end:
+`base_again` shows how far the machine has moved meanwhile.
 """
 
 import json
@@ -93,7 +95,7 @@ def layer_parameters(size):
 
 
 def measure(point, args, folder, threads, say):
-    """The point with {phase: {median, low, high}} of ours and of the floor, and what ours compiled behind its warm-up."""
+    """The point with {phase: {median, low, high}} of ours and of the floor, their turns, and what ours held and compiled."""
     name = f"gpt2-{point['sizes']}-v{point['vocabularies']}"
     options = speed.Args(parts=("ppo",), engines=(args.engine, "floor"), repeats=args.repeats, fresh=False)
     batch, sizes = point["batches"], {"prompt_length": args.prompt_length, "response_length": point["responses"]}
@@ -107,7 +109,8 @@ def measure(point, args, folder, threads, say):
     ours, floor = (speed.summarise(contender, 1, "updates") for contender in contenders)
     _, over_floor = speed.compare(contenders, 1)
     result = {"ours": ours["phases"], "floor": floor["phases"], "over_floor": over_floor[ours["name"]]}
-    return point | result | {"recompiles": ours["recompiles"]}
+    result["turns"] = {"ours": ours["turns"], "floor": floor["turns"]}
+    return point | result | {key: ours[key] for key in ("memory_mib", "compile_seconds", "recompiles")}
 
 
 def figure_of(record):
@@ -119,9 +122,11 @@ def figure_of(record):
         x = [layer_parameters(p[axis]) if axis == "sizes" else p[axis] for p in line]
         for name, colour in COLOURS.items():
             for key, style in ("ours", "o-"), ("floor", "--"):
-                y = [seconds for _, seconds in sorted(zip(x, [p[key][name]["median"] for p in line], strict=True))]
+                ordered = [p[key][name] for _, p in sorted(zip(x, line, strict=True), key=lambda pair: pair[0])]
+                median, low, high = ([spread[k] for spread in ordered] for k in ("median", "low", "high"))
                 label = name if key == "ours" else f"{name}, floor"
-                panel.plot(sorted(x), y, style, color=colour, markersize=4, label=label)
+                panel.plot(sorted(x), median, style, color=colour, markersize=4, label=label)
+                panel.fill_between(sorted(x), low, high, color=colour, alpha=0.15, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel=xlabel)
         panel.set_xticks(sorted(x), [f"{v / 1e6:.1f}M" if axis == "sizes" else str(v) for v in sorted(x)], minor=False)
         panel.set_xticks([], minor=True)
@@ -149,7 +154,14 @@ def table(record):
         cells = [speed.number(p["ours"][name]["median"]) for name in speed.PHASES]
         rows.append([*(str(p[name]) for name in AXES), *cells, speed.number(p["over_floor"]["update"]["median"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    compiled = sum(p["recompiles"] for p in record["points"])
+    lines += [f"{compiled} compilations behind the warm-up of all points"] * bool(compiled)
+    if again := record.get("base_again"):
+        first = next(p for p in record["points"] if all(p[name] == record["base"][name] for name in AXES))
+        moved = [f"{x} {speed.number(again['ours'][x]['median'] / first['ours'][x]['median'])}" for x in speed.PHASES]
+        lines.append(f"the base at the end, times the base at the start: {', '.join(moved)}")
+    return "\n".join(lines)
 
 
 def main(args):
@@ -180,8 +192,10 @@ def main(args):
     with tempfile.TemporaryDirectory(prefix="growth_") as temporary:
         for number, point in enumerate(found):
             record["points"].append(measure(point, args, Path(temporary, str(number)), threads, say))
-            record["seconds"] = time.time() - began
-            write_whole(args.output, json.dumps(record, indent=1) + "\n")
+            write_whole(args.output, json.dumps(record | {"seconds": time.time() - began}, indent=1) + "\n")
+        record["base_again"] = measure(base, args, Path(temporary, "again"), threads, say)
+    record["seconds"] = time.time() - began
+    write_whole(args.output, json.dumps(record, indent=1) + "\n")
     print(table(record))
     draw(record, output.with_suffix(".png"))
 

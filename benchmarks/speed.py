@@ -282,10 +282,10 @@ def summarise(contender, units, unit):
     if job["engine"] != "floor":
         summary["per_second"] = spread([1 / cost for cost in unit_costs(contender, units)])
     summary["phases"] = {name: spread([turn[name] for turn in turns]) for name in PHASES if name in turns[0]}
-    if job["engine"] in ("eager", "compiled") and summary["phases"]:
+    if job["engine"] != "floor" and summary["phases"]:
         sums = [sum(turn[name] for name in summary["phases"]) / turn["wall"] for turn in turns]
         summary["phases_over_wall"] = spread(sums)
-    summary["memory_mib"] = max(turn["memory_mib"] for turn in turns) if job["part"] != "decode" else None
+    summary["memory_mib"] = max(turn["memory_mib"] for turn in turns)
     summary |= {"threads": turns[0]["threads"], "setup_seconds": contender.setup_seconds}
     summary["compile_seconds"] = contender.warm[0]["compile_seconds"]  # the first start's: later ones find a cache
     pairs = zip(contender.warm, turns) if len(contender.warm) > 1 else [(contender.warm[0], turns[-1])]
@@ -335,8 +335,8 @@ def table(group):
         if c["engine"] == "floor":  # its wall clock is the time it took to measure
             cells[1:4] = [number(sum(phase["median"] for phase in c["phases"].values())), "-", "-"]
         cells += [number(c["phases"].get(name, {}).get("median")) for name in phases]
-        memory = None if c["engine"] == "floor" else c["memory_mib"]
-        cells += ["-" if memory is None else f"{memory:.0f}", number(c["compile_seconds"]), str(c["recompiles"])]
+        memory = "-" if c["engine"] == "floor" else f"{c['memory_mib']:.0f}"
+        cells += [memory, number(c["compile_seconds"]), str(c["recompiles"])]
         rows.append(cells)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -348,8 +348,9 @@ def table(group):
         lines.append(f"  {name} over its floor: {cells}")
     for c in group["contenders"]:
         sums = c.get("phases_over_wall")
-        if sums and not 0.97 <= sums["median"] <= 1.03:
-            lines.append(f"  {c['name']}: its phases sum to {number(100 * sums['median'])}% of the wall clock")
+        if sums and not 0.97 <= sums["low"] <= sums["high"] <= 1.03:
+            low, high = (number(100 * sums[key]) for key in ("low", "high"))
+            lines.append(f"  {c['name']}: its phases sum to {low} to {high}% of the wall clock")
     title = (
         f"{group['part']}, {group['preset']}, batch {group['batch']}, {group['prompt']} + {group['response']} tokens"
     )

@@ -27,8 +27,9 @@ def test_a_panel_shows_the_points_of_its_axis_and_nothing_else():
     base, found = growth.points(growth.Args(**AXES, **BASE))
     points = []
     for number, point in enumerate(found, start=1):
-        phases = {name: {"median": float(10**k + number)} for k, name in enumerate(growth.speed.PHASES)}
-        floor = {name: {"median": spread["median"] / 2} for name, spread in phases.items()}
+        medians = {name: float(10**k + number) for k, name in enumerate(growth.speed.PHASES)}
+        phases = {name: {"median": x, "low": x - 0.5, "high": x + 0.5} for name, x in medians.items()}
+        floor = {name: {"median": x / 2, "low": x / 3, "high": x} for name, x in medians.items()}
         points.append(point | {"ours": phases, "floor": floor})
     args = {"prompt_length": 3, "num_epochs": 1, "engine": "eager", "dtype": "fp32"}
     figure = growth.figure_of({"points": points[::-1], "base": base, "args": args})
@@ -36,6 +37,11 @@ def test_a_panel_shows_the_points_of_its_axis_and_nothing_else():
     assert lines[0][0] == ([2, 4], [2.0, 3.0]) and lines[0][1] == ([2, 4], [1.0, 1.5])  # rollout and its floor by batch
     assert lines[1][4] == ([8, 16], [101.0, 103.0])  # update by response length
     assert lines[2][2] == ([32], [11.0])  # score by vocabulary
+    shades = [
+        (shade.get_datalim(panel.transData).y0, shade.get_datalim(panel.transData).y1)
+        for panel, shade in ((panel, panel.collections[0]) for panel in figure.axes)
+    ]
+    assert shades[0] == (1.5, 3.5)
     assert lines[3][4] == ([12 * 24**2, 24 * 24**2], [101.0, 104.0])
 
 
@@ -46,12 +52,13 @@ def test_one_point_measured_and_drawn(tmp_path, capsys):
     growth.main(growth.Args(**one, **options, output=str(output)))
     record = json.loads(output.read_text())
     (point,) = record["points"]
-    assert point["recompiles"] == 0
+    assert point["recompiles"] == 0 and len(point["turns"]["ours"]) == len(point["turns"]["floor"]) == 1
+    assert record["base_again"]["ours"]["update"]["median"] > 0
     assert all(point[key][name]["median"] > 0 for key in ("ours", "floor") for name in growth.speed.PHASES)
     assert output.with_suffix(".png").stat().st_size > 10000
     output.with_suffix(".png").unlink()
     growth.main(growth.Args(input=str(output)))
-    assert output.with_suffix(".png").exists() and capsys.readouterr().out.count("update / floor") == 2
+    assert output.with_suffix(".png").exists() and capsys.readouterr().out.count("the base at the end") == 2
 
 
 @pytest.mark.parametrize(
