@@ -37,11 +37,8 @@ def test_a_panel_shows_the_points_of_its_axis_and_nothing_else():
     assert lines[0][0] == ([2, 4], [2.0, 3.0]) and lines[0][1] == ([2, 4], [1.0, 1.5])  # rollout and its floor by batch
     assert lines[1][4] == ([8, 16], [101.0, 103.0])  # update by response length
     assert lines[2][2] == ([32], [11.0])  # score by vocabulary
-    shades = [
-        (shade.get_datalim(panel.transData).y0, shade.get_datalim(panel.transData).y1)
-        for panel, shade in ((panel, panel.collections[0]) for panel in figure.axes)
-    ]
-    assert shades[0] == (1.5, 3.5)
+    shade = figure.axes[0].collections[0].get_datalim(figure.axes[0].transData)
+    assert (shade.y0, shade.y1) == (1.5, 3.5)  # rollout, from the least to the most
     assert lines[3][4] == ([12 * 24**2, 24 * 24**2], [101.0, 104.0])
 
 
