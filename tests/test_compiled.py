@@ -42,6 +42,13 @@ def runs(tmp_path, gpt2_folder, llama_rm_folder):
     }
 
 
+def length_reward(folder):
+    """--reward_fn of a function that scores the letters of a response."""
+    code = "def length(prompts, responses, **columns):\n    return [len(x) for x in responses]\n"
+    Path(folder, "length.py").write_text(code)
+    return f"{folder}/length.py:length"
+
+
 @pytest.mark.parametrize("script", ["sft", "reward_model", "ppo_rlhf"])
 def test_compiled_is_eager(script, runs, tmp_path):
     module, flags = runs[script]
@@ -57,6 +64,22 @@ def test_compiled_is_eager(script, runs, tmp_path):
     for line, other in zip(eager, compiled, strict=True):
         assert other == pytest.approx(line, rel=1e-3, abs=1e-4)
     assert weights[0].keys() == weights[1].keys()
+
+
+def test_two_compiled_ranks_are_one_that_is_not(runs, tmp_path, run_script):
+    """One graph for all lengths under DDP; policy and critic of one trunk, the entropy in the loss."""
+    flags = {key: value for key, value in runs["ppo_rlhf"][1].items() if key != "reward_model"}
+    flags |= {"total_episodes": 16, "value_trunk": "shared", "entropy_coef": 0.1, "reward_fn": length_reward(tmp_path)}
+    ppo_rlhf.main(ppo_rlhf.Args(**flags, compile=False, output_dir=str(tmp_path / "one")))
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    words += ["--compile", "--output_dir", tmp_path / "two"]
+    done = run_script("ppo_rlhf.py", words, nproc=2, timeout=600, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    metrics = [Path(tmp_path, name, "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(metrics[0]) == len(metrics[1]) == 2
+    for line, other in zip(*(map(json.loads, lines) for lines in metrics), strict=True):
+        expected = {key: line[key] for key in line if not key.startswith(CLOCKS)}
+        assert {key: other[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
@@ -91,12 +114,9 @@ def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo_rlhf, "generate", ending)
     monkeypatch.setattr(ppo_rlhf, "progress", watched)
-    Path(tmp_path, "length.py").write_text(
-        "def length(prompts, responses, **columns):\n    return [len(x) for x in responses]\n"
-    )
     sizes = {"total_episodes": 96, "batch_size": 24, "micro_batch_size": 24, "response_length": 22}
     flags = {key: runs["ppo_rlhf"][1][key] for key in ("model", "dataset")} | sizes | {"value_trunk": "shared"}
-    flags |= {"reward_fn": f"{tmp_path}/length.py:length", "compile": True, "output_dir": str(tmp_path / "run")}
+    flags |= {"reward_fn": length_reward(tmp_path), "compile": True, "output_dir": str(tmp_path / "run")}
     ppo_rlhf.main(ppo_rlhf.Args(**flags))
     assert min(lengths[0].min(), lengths[1].min()) == 22 and max(x.max() for x in lengths[2:]) <= 16
     assert decoded[:44] == [24] * 44 and min(decoded) < 24
