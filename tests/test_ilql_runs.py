@@ -436,27 +436,26 @@ def test_bf16_of_rotary_positions(settings, tmp_path, llama_folder):
     assert math.isfinite(lines(tmp_path / "run")[-1]["eval/score@beta=2"])
 
 
-def test_a_model_that_scales_its_logits_is_refused(settings, tmp_path, llama_folder):
-    """What is trained here is the LM head's own output; a Granite divides it before it is used."""
+@pytest.mark.parametrize(
+    ("config", "model", "sizes"),
+    [
+        (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0, "initializer_range": 0.5}),
+        (
+            Gemma2Config,
+            Gemma2ForCausalLM,
+            {"num_key_value_heads": 1, "head_dim": 8},
+        ),  # logits so small that no cap shows
+    ],
+)
+def test_a_model_that_scales_or_caps_its_logits_is_refused(config, model, sizes, settings, tmp_path, llama_folder):
+    """What is trained here is the LM head's own output; a Granite divides it before it is used, a Gemma 2 caps it."""
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = GraniteConfig(vocab_size=len(tokenizer), logits_scaling=4.0, initializer_range=0.5, **sizes)
-    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
-    tokenizer.save_pretrained(tmp_path / "granite")
-    with pytest.raises(utils.UserError, match="granite: it scales or caps its logits"):
-        run(settings(tmp_path / "run", model=str(tmp_path / "granite")))
+    sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model(config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(utils.UserError, match="other: it scales or caps its logits"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "other")))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_that_caps_its_logits_is_refused(settings, tmp_path, llama_folder):
-    """Also while they are so small that the cap hardly shows."""
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=8, **sizes)
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
-    tokenizer.save_pretrained(tmp_path / "gemma2")
-    with pytest.raises(utils.UserError, match="gemma2: it scales or caps its logits"):
-        run(settings(tmp_path / "run", model=str(tmp_path / "gemma2")))
 
 
 def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):
