@@ -7,8 +7,8 @@
 Every point is a comparison of speed.py, ours and the floor in turn; all but the varied size are those of the base. A
 line is the median over rounds of a phase's seconds, shaded from the least to the most; dashed is its floor. Both axes are
 logarithmic. What the products cost is not in proportion to every axis (prompts keep their length, the LM head has no
-layers): a line is to be held against its own floor, not against a slope. The base is measured once more at the end:
-`base_again` shows how far the machine has moved meanwhile.
+layers): a line is to be held against its own floor, not against a slope. The base is measured at the start and at the
+end, and its point has the turns of both; how far they lie apart is printed.
 """
 
 import json
@@ -113,12 +113,25 @@ def measure(point, args, folder, threads, say):
     return point | result | {key: ours[key] for key in ("memory_mib", "compile_seconds", "recompiles")}
 
 
+def points_of(record):
+    """The points of a record; the base with the turns of both its readings."""
+    again, result = record.get("base_again"), []
+    for p in record["points"]:
+        if again and all(p[name] == record["base"][name] for name in AXES):
+            turns = {key: p["turns"][key] + again["turns"][key] for key in ("ours", "floor")}
+            both = {key: {x: speed.spread([turn[x] for turn in turns[key]]) for x in COLOURS} for key in turns}
+            columns = {x: [[turn[x] for turn in turns[key]] for key in ("ours", "floor")] for x in COLOURS}
+            p = p | both | {"turns": turns, "over_floor": {x: speed.ratio(*columns[x]) for x in COLOURS}}
+        result.append(p)
+    return result
+
+
 def figure_of(record):
     """One panel for each axis, one line for each phase, its floor dashed in the same colour."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     for panel, (axis, xlabel) in zip(figure.subplots(1, 4, sharey=True), AXES.items(), strict=True):
         others = [name for name in AXES if name != axis]
-        line = [p for p in record["points"] if all(p[name] == record["base"][name] for name in others)]
+        line = [p for p in points_of(record) if all(p[name] == record["base"][name] for name in others)]
         x = [layer_parameters(p[axis]) if axis == "sizes" else p[axis] for p in line]
         for name, colour in COLOURS.items():
             for key, style in ("ours", "o-"), ("floor", "--"):
@@ -150,7 +163,7 @@ def draw(record, path):
 def table(record):
     """Seconds of each point's phases, and how many times the floor the update takes."""
     rows = [[*AXES, *speed.PHASES, "update / floor"]]
-    for p in record["points"]:
+    for p in points_of(record):
         cells = [speed.number(p["ours"][name]["median"]) for name in speed.PHASES]
         rows.append([*(str(p[name]) for name in AXES), *cells, speed.number(p["over_floor"]["update"]["median"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -42,6 +42,24 @@ def test_a_panel_shows_the_points_of_its_axis_and_nothing_else():
     assert lines[3][4] == ([12 * 24**2, 24 * 24**2], [101.0, 104.0])
 
 
+def test_the_base_has_the_turns_of_both_its_readings():
+    def reading(*seconds):
+        ours = [dict.fromkeys(growth.COLOURS, x) for x in seconds]
+        turns = {"ours": ours, "floor": [dict.fromkeys(growth.COLOURS, 2.0) for _ in seconds]}
+        return {"turns": turns, "ours": "replaced", "floor": "replaced", "over_floor": "replaced"}
+
+    base, other = dict.fromkeys(growth.AXES, 1), dict.fromkeys(growth.AXES, 1) | {"batches": 2}
+    kept = other | {"ours": {}}
+    record = {"base": base, "points": [kept, base | reading(9.0, 3.0)], "base_again": base | reading(4.0, 5.0)}
+    unchanged, merged = growth.points_of(record)
+    assert unchanged == kept
+    assert merged["ours"]["update"] == {"median": 4.5, "low": 3.0, "high": 9.0}
+    assert merged["floor"]["score"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert merged["over_floor"]["rollout"] == {"median": 2.25, "low": 1.5, "high": 4.5}
+    del record["base_again"]
+    assert growth.points_of(record) == record["points"]
+
+
 def test_one_point_measured_and_drawn(tmp_path, capsys):
     one = {"batches": (2,), "responses": (8,), "vocabularies": (32,), "sizes": ("1x24",), **BASE}
     output = tmp_path / "growth.json"
