@@ -29,8 +29,8 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
 
 from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
-from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress
-from utils import save_pretrained, seeded, whiten, wrap
+from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress, save_pretrained
+from utils import seeded, whiten, wrap
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per scoring or training forward on one rank (sampling takes all at once): memory, and padding in the update"""
+    """rows per scoring or training forward on one rank (sampling takes all at once): memory, and how much is padding"""
     query_length: int = 64
     """tokens; longer prompts are left out and counted"""
     response_length: int = 10
@@ -135,8 +135,7 @@ def response_logits(policy, input_ids, attention_mask, response_length, bias, hi
 def score_head(model, hidden):
     """Scores (...) of hidden states (..., d): the linear head in full precision, minus the centre in the config."""
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = model.score(hidden.to(model.score.weight.dtype)).squeeze(-1)
-    return scores - getattr(model.config, "score_mean", 0.0)
+        return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1) - getattr(model.config, "score_mean", 0.0)
 
 
 def last_hidden(model, input_ids, attention_mask):
@@ -295,8 +294,7 @@ def value_loss(new_values, values, returns, cliprange_value):
 
 def ppo_loss(new_logprobs, entropy, new_values, logprobs, values, advantages, returns, mask, args):
     """(sum over real tokens of policy loss + vf_coef * value loss - entropy_coef * entropy, its parts (B,R) by name)."""
-    # Behind the mask a log-probability may be -inf, whose gradient would be NaN even times 0.
-    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))
+    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))  # not -inf times 0
     pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, logprobs, advantages, args.cliprange, args.cliprange_high)
     vf_loss, vf_clipped = value_loss(new_values, values, returns, args.cliprange_value)
     losses = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy
@@ -479,7 +477,7 @@ def main(args):
     for parameter in sampler.parameters() if sampler is not policy else ():  # buffers (rotary frequencies) stay fp32
         parameter.data = parameter.data.bfloat16()  # in storage that never moves
     compiled = torch.compile if args.compile else lambda function, **_: function
-    frozen, score = compiled(ActorCritic(reference, None)), compiled(last_token_scores)
+    frozen, score = (compiled(f, dynamic=True) for f in (ActorCritic(reference, None), last_token_scores))
     options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     step = compiled(decode_step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay, rows leave
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
@@ -510,15 +508,17 @@ def main(args):
         mask = response_mask(responses, stop_ids, args.min_length)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
 
-        # 2. score
-        sampled, parts = clock(device), []
-        for ids, attention in zip(input_ids.split(size), attention_mask.split(size)):
+        # 2. score: rows of similar length together, cut behind their longest at a multiple of 8
+        sampled, parts, tokens = clock(device), [], mask.sum(1).cpu()
+        for part in (by_length := tokens.argsort(stable=True)).split(size):
+            longest, part = min(-(-tokens[part].max().item() // 8) * 8, R), part.to(device)
+            ids, attention = input_ids[part, : P + longest], attention_mask[part, : P + longest]
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                logprobs, _, values = train_model(ids, attention, R, args.temperature, bias)
-                ref_logprobs = frozen(ids, attention, R, args.temperature, bias)
+                logprobs, _, values = train_model(ids, attention, longest, args.temperature, bias)
+                ref_logprobs = frozen(ids, attention, longest, args.temperature, bias)
                 scores = score(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
-            parts.append((logprobs, values, ref_logprobs, scores))
-        logprobs, values, ref_logprobs, scores = (torch.cat(tensors) for tensors in zip(*parts))
+            parts.append((*(F.pad(x, (0, R - longest)) for x in (logprobs, values, ref_logprobs)), scores))
+        logprobs, values, ref_logprobs, scores = (torch.cat(x)[by_length.argsort()] for x in zip(*parts))
         rows = [prompts[i][1] for i in order]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores

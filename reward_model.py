@@ -80,8 +80,7 @@ class Args:
 def score_head(model, hidden):
     """Scores (...) of hidden states (..., d): the linear head in full precision, minus the centre in the config."""
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = model.score(hidden.to(model.score.weight.dtype)).squeeze(-1)
-    return scores - getattr(model.config, "score_mean", 0.0)
+        return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1) - getattr(model.config, "score_mean", 0.0)
 
 
 def last_hidden(model, input_ids, attention_mask):

@@ -24,6 +24,12 @@ TEXTS = [
 CLOCKS = ("time/", "eps")
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test: the compiled decoding step does not look whether the modules are still the same."""
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def runs(tmp_path, gpt2_folder, llama_rm_folder):
     """{script: (module, flags)} of three short runs whose batches have unequal lengths."""

@@ -93,7 +93,7 @@ BUGS = [
         "temperature missing in the reference",
         "a KL that is not 0 between equal models",
         "test_first_step_is_the_policy_gradient test_logged_statistics_are_those_of_the_real_tokens",
-        {"frozen(ids, attention, R, args.temperature,": "frozen(ids, attention, R, 1.0,"},
+        {"frozen(ids, attention, longest, args.temperature,": "frozen(ids, attention, longest, 1.0,"},
     ),
     Bug(
         "temperature missing in the sampler",
@@ -148,7 +148,7 @@ BUGS = [
         "centre of the reward model ignored",
         "a fixed score for missing EOS means something only where 0 is average",
         "test_reward_model_scores_and_starts_the_critic",
-        {'return scores - getattr(model.config, "score_mean", 0.0)': "return scores"},
+        {'.squeeze(-1) - getattr(model.config, "score_mean", 0.0)': ".squeeze(-1)"},
     ),
     Bug(
         "value head not zero at first",
@@ -353,6 +353,24 @@ BUGS = [
         "test_first_value_loss_of_a_reward_model",
         {"mask, args.gamma, args.lam)": "mask, args.lam, args.gamma)"},
     ),
+    Bug(
+        "scores stay in the order of the rows' lengths",
+        "every score is paid to another row: training goes on, and learns nothing",
+        "test_reward_model_scores_and_starts_the_critic",
+        {"torch.cat(x)[by_length.argsort()]": "(torch.cat(x)[by_length.argsort()] if x[0].dim() == 2 else torch.cat(x))"},
+    ),
+    Bug(
+        "scored rows cut behind their shortest",
+        "the last tokens of all longer rows have no log-probability, no value, and perhaps no EOS to be scored at",
+        "test_scoring_and_update_compute_little_padding",
+        {"tokens[part].max()": "tokens[part].min()"},
+    ),
+    Bug(
+        "scoring in batches of any lengths",
+        "every one of them is as wide as its longest row: right, and up to twice the work",
+        "test_scoring_and_update_compute_little_padding",
+        {"by_length := tokens.argsort(stable=True)": "by_length := torch.arange(len(tokens))"},
+    ),
     # ---- Update
     Bug(
         "mean of means over micro-batches",
@@ -369,13 +387,13 @@ BUGS = [
     Bug(
         "micro-batches cut behind their shortest row",
         "the tokens of all longer rows leave the loss, which is still divided by their number",
-        "test_an_update_computes_little_padding",
+        "test_scoring_and_update_compute_little_padding",
         {"lengths[index].max()": "lengths[index].min()"},
     ),
     Bug(
         "micro-batches of any lengths",
         "every one of them is as wide as its longest row: right, and up to twice the work",
-        "test_an_update_computes_little_padding",
+        "test_scoring_and_update_compute_little_padding",
         {"minibatch[lengths[minibatch].argsort(stable=True)]": "minibatch"},
     ),
     Bug(

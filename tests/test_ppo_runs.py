@@ -428,24 +428,27 @@ def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on
         assert (mine["query"], mine["response"]) == (theirs["query"], theirs["response"])
 
 
-def test_an_update_computes_little_padding(settings, tmp_path, monkeypatch):
+def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypatch):
     """Micro-batches hold rows of similar length and are cut behind the longest, at a multiple of 8 tokens or the limit."""
-    forward, seen = ppo_rlhf.ActorCritic.forward, []
+    forward, seen, scored = ppo_rlhf.ActorCritic.forward, [], []
 
     def spy(self, input_ids, attention_mask, response_length, *inputs):
-        if torch.is_grad_enabled():
-            assert input_ids.shape == attention_mask.shape and input_ids.shape[1] - response_length == 7
-            seen.append((response_length, attention_mask[:, 7:].sum(1)))
+        assert input_ids.shape == attention_mask.shape and input_ids.shape[1] - response_length == 7
+        (seen if torch.is_grad_enabled() else scored).append((response_length, attention_mask[:, 7:].sum(1)))
         return forward(self, input_ids, attention_mask, response_length, *inputs)
 
     monkeypatch.setattr(ppo_rlhf.ActorCritic, "forward", spy)
     folder = run(settings(tmp_path / "run", num_epochs=3, micro_batch_size=4, response_length=20, num_minibatches=2))
-    tokens = 3 * 16 * lines(folder)[0]["val/sequence_lengths"]
-    assert sum(lengths.sum().item() for _, lengths in seen) == pytest.approx(tokens)  # and none of them is lost
+    tokens = 16 * lines(folder)[0]["val/sequence_lengths"]
+    assert sum(lengths.sum().item() for _, lengths in seen) == pytest.approx(3 * tokens)  # and none of them is lost
+    assert sum(lengths.sum().item() for _, lengths in scored) == pytest.approx(2 * tokens)  # by policy and by reference
     assert len(seen) == 12 and {width for width, _ in seen} == {8, 16, 20}
-    for width, lengths in seen:
+    assert len(scored) == 8 and len({width for width, _ in scored}) > 1
+    for width, lengths in seen + scored:
         assert width == min(-(-lengths.max() // 8) * 8, 20)
     for (_, first), (_, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert first.max() <= second.min()
+    for (_, first), (_, second) in zip(scored[:-2], scored[2:], strict=True):
         assert first.max() <= second.min()
 
 
