@@ -168,7 +168,7 @@ def table(record):
         rows.append([*(str(p[name]) for name in AXES), *cells, speed.number(p["over_floor"]["update"]["median"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    compiled = sum(p["recompiles"] for p in record["points"])
+    compiled = sum(p["recompiles"] for p in [*record["points"], record.get("base_again", {"recompiles": 0})])
     lines += [f"{compiled} compilations behind the warm-up of all points"] * bool(compiled)
     if again := record.get("base_again"):
         first = next(p for p in record["points"] if all(p[name] == record["base"][name] for name in AXES))

@@ -74,16 +74,17 @@ def test_compiled_is_eager(script, runs, tmp_path):
 
 
 def test_compiled_in_bf16_and_resumed(runs, tmp_path):
-    """The one step of an update meets its own old log-probabilities, at first those of the reference, though graphs with
-    and without gradient, of whole and of cut rows, round differently; a resumed run ends as one that was never stopped."""
+    """Graphs with and without gradient, of batches cut to other lengths, round differently, but a ratio is still about 1 and
+    the first KL about 0; a run that is resumed, and compiled anew, ends as one that was never stopped."""
     flags = {key: value for key, value in runs["ppo_rlhf"][1].items() if key != "reward_model"}
     flags |= {"value_trunk": "shared", "reward_fn": length_reward(tmp_path), "precision": "bf16", "save_every": 2}
-    flags |= {"num_epochs": 1, "num_minibatches": 1}
+    flags |= {"num_epochs": 1, "lr": 1e-5}
     ppo_rlhf.main(ppo_rlhf.Args(**flags, compile=True, output_dir=str(tmp_path / "run")))
     shutil.copytree(tmp_path / "run", tmp_path / "resumed", ignore=shutil.ignore_patterns("model", "critic"))
+    torch.compiler.reset()
     ppo_rlhf.main(ppo_rlhf.Args(resume=str(tmp_path / "resumed"), compile=True))
     whole, resumed = (Path(tmp_path, x, "metrics.jsonl").read_text().splitlines() for x in ("run", "resumed"))
-    assert len(whole) == 3 and whole[:2] == resumed[:2]
+    assert len(whole) == len(resumed) == 3
     lines, others = ([json.loads(line) for line in text] for text in (whole, resumed))
     assert {key: x for key, x in lines[2].items() if not key.startswith(CLOCKS)} == {
         key: x for key, x in others[2].items() if not key.startswith(CLOCKS)
@@ -145,8 +146,8 @@ def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo_rlhf, "generate", ending)
     monkeypatch.setattr(ppo_rlhf, "progress", watched)
     sizes = {"total_episodes": 96, "batch_size": 24, "micro_batch_size": 24, "response_length": 22}
-    flags = {key: runs["ppo_rlhf"][1][key] for key in ("model", "dataset")} | sizes | {"value_trunk": "shared"}
-    flags |= {"reward_fn": length_reward(tmp_path), "compile": True, "output_dir": str(tmp_path / "run")}
+    flags = {key: runs["ppo_rlhf"][1][key] for key in ("model", "reward_model", "dataset")} | sizes
+    flags |= {"compile": True, "output_dir": str(tmp_path / "run")}
     ppo_rlhf.main(ppo_rlhf.Args(**flags))
     assert min(lengths[0].min(), lengths[1].min()) == 22 and max(x.max() for x in lengths[2:]) <= 16
     assert decoded[:44] == [24] * 44 and min(decoded) < 24

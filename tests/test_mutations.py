@@ -360,6 +360,24 @@ BUGS = [
         {"torch.cat(x)[by_length.argsort()]": "(torch.cat(x)[by_length.argsort()] if x[0].dim() == 2 else torch.cat(x))"},
     ),
     Bug(
+        "log-probabilities and values of scored rows padded in front",
+        "those of a cut micro-batch stand at later tokens than their own",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"F.pad(x, (0, R - longest))": "F.pad(x, (R - longest, 0))"},
+    ),
+    Bug(
+        "log-probabilities and values stay in the order of the rows' lengths",
+        "they belong to other rows than the tokens",
+        "test_micro_batches_and_ranks_do_not_change_the_update",
+        {"torch.cat(x)[by_length.argsort()]": "(torch.cat(x)[by_length.argsort()] if x[0].dim() == 1 else torch.cat(x))"},
+    ),
+    Bug(
+        "the reward model reads whole rows",
+        "right, and up to twice the work",
+        "test_scoring_and_update_compute_little_padding",
+        {"score(reward_model, ids, attention)": "score(reward_model, input_ids[part], attention_mask[part])"},
+    ),
+    Bug(
         "scored rows cut behind their shortest",
         "the last tokens of all longer rows have no log-probability, no value, and perhaps no EOS to be scored at",
         "test_scoring_and_update_compute_little_padding",

@@ -428,7 +428,7 @@ def test_micro_batches_and_ranks_do_not_change_the_update(settings, tmp_path, on
         assert (mine["query"], mine["response"]) == (theirs["query"], theirs["response"])
 
 
-def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypatch):
+def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypatch, gpt2_rm_folder):
     """Micro-batches hold rows of similar length and are cut behind the longest, at a multiple of 8 tokens or the limit."""
     forward, seen, scored = ppo_rlhf.ActorCritic.forward, [], []
 
@@ -437,11 +437,20 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
         (seen if torch.is_grad_enabled() else scored).append((response_length, attention_mask[:, 7:].sum(1)))
         return forward(self, input_ids, attention_mask, response_length, *inputs)
 
+    def score(model, input_ids, attention_mask):
+        assert input_ids.shape == attention_mask.shape == (4, scored[-1][0] + 7)
+        judged.append(attention_mask[:, 7:].sum(1))
+        return last_token_scores(model, input_ids, attention_mask)
+
+    last_token_scores, judged = ppo_rlhf.last_token_scores, []
     monkeypatch.setattr(ppo_rlhf.ActorCritic, "forward", spy)
-    folder = run(settings(tmp_path / "run", num_epochs=3, micro_batch_size=4, response_length=20, num_minibatches=2))
+    monkeypatch.setattr(ppo_rlhf, "last_token_scores", score)
+    flags = {"reward_model": gpt2_rm_folder, "num_epochs": 3, "micro_batch_size": 4, "num_minibatches": 2}
+    folder = run(settings(tmp_path / "run", None, response_length=20, **flags))
     tokens = 16 * lines(folder)[0]["val/sequence_lengths"]
     assert sum(lengths.sum().item() for _, lengths in seen) == pytest.approx(3 * tokens)  # and none of them is lost
     assert sum(lengths.sum().item() for _, lengths in scored) == pytest.approx(2 * tokens)  # by policy and by reference
+    assert torch.equal(torch.cat(judged), torch.cat([lengths for _, lengths in scored[::2]]))
     assert len(seen) == 12 and {width for width, _ in seen} == {8, 16, 20}
     assert len(scored) == 8 and len({width for width, _ in scored}) > 1
     for width, lengths in seen + scored:
