@@ -294,7 +294,7 @@ def value_loss(new_values, values, returns, cliprange_value):
 
 def ppo_loss(new_logprobs, entropy, new_values, logprobs, values, advantages, returns, mask, args):
     """(sum over real tokens of policy loss + vf_coef * value loss - entropy_coef * entropy, its parts (B,R) by name)."""
-    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))  # not -inf times 0
+    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))  # at -inf: gradient NaN
     pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, logprobs, advantages, args.cliprange, args.cliprange_high)
     vf_loss, vf_clipped = value_loss(new_values, values, returns, args.cliprange_value)
     losses = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy

@@ -119,9 +119,9 @@ def points_of(record):
     for p in record["points"]:
         if again and all(p[name] == record["base"][name] for name in AXES):
             turns = {key: p["turns"][key] + again["turns"][key] for key in ("ours", "floor")}
-            both = {key: {x: speed.spread([turn[x] for turn in turns[key]]) for x in COLOURS} for key in turns}
-            columns = {x: [[turn[x] for turn in turns[key]] for key in ("ours", "floor")] for x in COLOURS}
-            p = p | both | {"turns": turns, "over_floor": {x: speed.ratio(*columns[x]) for x in COLOURS}}
+            seconds = {key: {x: [turn[x] for turn in turns[key]] for x in COLOURS} for key in turns}
+            p = p | {key: {x: speed.spread(seconds[key][x]) for x in COLOURS} for key in turns} | {"turns": turns}
+            p |= {"over_floor": {x: speed.ratio(seconds["ours"][x], seconds["floor"][x]) for x in COLOURS}}
         result.append(p)
     return result
 

@@ -440,17 +440,13 @@ def test_bf16_of_rotary_positions(settings, tmp_path, llama_folder):
     ("config", "model", "sizes"),
     [
         (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0, "initializer_range": 0.5}),
-        (
-            Gemma2Config,
-            Gemma2ForCausalLM,
-            {"num_key_value_heads": 1, "head_dim": 8},
-        ),  # logits so small that no cap shows
+        (Gemma2Config, Gemma2ForCausalLM, {"num_key_value_heads": 1, "head_dim": 8}),  # logits too small to show a cap
     ],
 )
 def test_a_model_that_scales_or_caps_its_logits_is_refused(config, model, sizes, settings, tmp_path, llama_folder):
     """What is trained here is the LM head's own output; a Granite divides it before it is used, a Gemma 2 caps it."""
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = sizes | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model(config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(utils.UserError, match="other: it scales or caps its logits"):
