@@ -39,9 +39,8 @@ def init_ranks():
     """Join the process group that `torchrun` announces (nccl on CUDA, gloo on CPU); one rank without torchrun."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
-    if cuda:
-        torch.cuda.set_device(device)
-    else:  # compiled on CPU: exp takes less time than tanh, ReLU's backward less from its output than from a stored mask,
+    torch.get_device_module(device).set_device(device)
+    if not cuda:  # compiled: exp takes less time than tanh, ReLU's backward less from its output than a stored mask,
         inductor, functorch = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
         inductor.cpp.use_decompose_tanh = functorch.aggressive_recomputation = True
         inductor.realize_opcount_threshold = 12  # and the causal mask once less than anew in each layer's softmax
@@ -86,16 +85,13 @@ def all_gather(x):
 
 def masked_mean(x, mask):
     """Mean over the True entries of `mask` on all ranks: 0-d, without gradient; 0 for an empty mask. x may be NaN behind it."""
-    pair = torch.stack([torch.where(mask, x.detach(), 0).double().sum(), mask.double().sum()])
-    if dist.is_initialized():
-        dist.all_reduce(pair)
+    pair = all_gather(torch.stack([torch.where(mask, x.detach(), 0).double().sum(), mask.double().sum()])[None]).sum(0)
     return (pair[0] / pair[1].clamp(min=1)).to(x.dtype)
 
 
-@torch.no_grad()
 def whiten(x, mask, shift_mean=True):
     """Zero mean (shift_mean False: the old mean) and unit biased variance over the True entries of all ranks; 0 elsewhere."""
-    x64 = torch.where(mask, x, 0).double()
+    x64 = torch.where(mask, x.detach(), 0).double()
     mean = masked_mean(x64, mask)
     variance = masked_mean((x64 - mean) ** 2, mask)
     return torch.where(mask, (x64 - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean), 0).to(x.dtype)
@@ -113,9 +109,7 @@ class Means(dict):
 
     def reduce(self):
         """{name: float} over all ranks, and start again. Every rank must have added the same names."""
-        names, pairs = sorted(self), torch.stack([self.pop(name) for name in sorted(self)])
-        if dist.is_initialized():
-            dist.all_reduce(pairs)
+        names, pairs = sorted(self), all_gather(torch.stack([self.pop(name) for name in sorted(self)])[None]).sum(0)
         return dict(zip(names, (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist(), strict=True))
 
 
@@ -123,11 +117,10 @@ def load_rows(path, columns):
     """A datasets.Dataset that has one of the groups of text columns: a .json(l) or .parquet file, a folder, a Hub name."""
     check_path(path)
     datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    local, source = Path(path), {"path": path}
-    if local.exists():
-        suffixes = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-        files = [local] if local.is_file() else sorted(file for file in local.iterdir() if file.suffix in suffixes)
-        kinds = {suffixes.get(file.suffix, "json") for file in files}
+    p, source = Path(path), {"path": path}
+    if p.exists():
+        files = [p] if p.is_file() else sorted(x for x in p.iterdir() if x.suffix in (".json", ".jsonl", ".parquet"))
+        kinds = {"parquet" if file.suffix == ".parquet" else "json" for file in files}
         if len(kinds) != 1 or not any(file.read_bytes().strip() for file in files):
             raise UserError(f"{path}: empty: no row in .json, .jsonl or .parquet files (or both kinds in one)")
         source = {"path": kinds.pop(), "data_files": [str(file) for file in files]}
@@ -166,10 +159,19 @@ def load_function(spec, flag):
     return function
 
 
+def causal_attention(module, query, key, value, mask, **options):
+    """A model's own plain attention in two calls: queries of the first half see no key of the second, which saves a quarter."""
+    plain, h = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2
+    if query.shape[2] != key.shape[2] or mask is None or not getattr(module, "is_causal", False):  # e.g. from a cache
+        return plain(module, query, key, value, mask, **options)
+    first = plain(module, query[:, :, :h], key[:, :, :h], value[:, :, :h], mask[..., :h, :h], **options)[0]
+    return torch.cat([first, plain(module, query[:, :, h:], key, value, mask[..., h:, :], **options)[0]], 1), None
+
+
 def load_pretrained(auto_class, path, may_miss=(), **options):
     """(model, names of weights that its folder lacks: only such as end with an entry of `may_miss`): fp32, eval, no dropout."""
-    transformers.logging.set_verbosity_error()  # lacking weights are checked below
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()  # what lacks: below
+    transformers.AttentionInterface.register("eager", causal_attention)
     check_path(path)
     try:  # with GELU as one kernel, and on CPU plain attention: both are faster
         config = transformers.AutoConfig.from_pretrained(path, **options)
@@ -207,14 +209,12 @@ def prepare(args):
         raise UserError(f"--output_dir {args.output_dir}: exists already; name another folder or remove it")
     if args.resume is None:
         return args
-    path = Path(args.resume) / "args.json"
-    if not path.is_file() or (path.parent / "model").exists():
+    if not (path := Path(args.resume) / "args.json").is_file() or (path.parent / "model").exists():
         raise UserError(f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'no args.json in it'}")
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for name, value in saved.items():
-        if not hasattr(args, name) or getattr(args, name) not in (getattr(type(args), name), value):
-            raise UserError(f"--resume {args.resume}: --{name} differs from that run's own; leave it out")
+    if other := [x for x in saved if getattr(args, x, "?") not in (getattr(type(args), x, None), saved[x])]:
+        raise UserError(f"--resume {args.resume}: --{other[0]} differs from that run's own; leave it out")
     return replace(args, **saved)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
 import ppo_rlhf
 import utils
@@ -516,6 +518,65 @@ def test_gelu_is_computed_in_one_kernel_and_is_the_same_function(gpt2_folder):
     torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-6)
 
 
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+CAUSAL = {
+    "gpt2": GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=16, bos_token_id=0, eos_token_id=0),
+    "grouped queries": LlamaConfig(**SIZES),
+    "a window of 3": MistralConfig(sliding_window=3, **SIZES),
+    "capped logits": Gemma2Config(attn_logit_softcapping=1.0, query_pre_attn_scalar=4, sliding_window=4, **SIZES),
+}
+
+
+def with_plain_attention(config, folder, T):
+    """(model as the scripts load it, ids and mask (3,T): whole, left padded, right padded), weights not small."""
+    torch.manual_seed(0)
+    config.save_pretrained(folder)
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, str(folder))
+    model.set_attn_implementation("eager")  # on CUDA too
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    mask = torch.ones(3, T, dtype=torch.long)
+    mask[1, : T // 3], mask[2, T - T // 3 :] = 0, 0
+    return model, torch.randint(16, (3, T)), mask
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 16])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_attention_is_attention(kind, T, tmp_path, monkeypatch):
+    """Logits and gradients are those of the model's own attention in one call, and no half of the queries that cannot
+    see the second half of the keys meets it."""
+    model, ids, mask = with_plain_attention(CAUSAL[kind], tmp_path, T)
+    module = sys.modules[type(model).__module__]
+    plain, met = module.eager_attention_forward, []
+
+    def spy(layer, query, key, *others, **options):
+        met.append((query.shape[2], key.shape[2]))
+        return plain(layer, query, key, *others, **options)
+
+    monkeypatch.setattr(module, "eager_attention_forward", spy)
+    results = []
+    for is_causal in (True, False):
+        for layer in model.modules():
+            if hasattr(layer, "is_causal"):
+                layer.is_causal = is_causal
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        grads = torch.autograd.grad(torch.where(mask[..., None] == 1, logits, 0).square().sum(), [*model.parameters()])
+        results.append([torch.where(mask[..., None] == 1, logits, 0), *grads])
+    assert met == [(T // 2, T // 2), (T - T // 2, T)] * 2 + [(T, T)] * 2
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_attention_reads_a_cache_whole(tmp_path):
+    """Behind a prompt the next tokens see all slots that are written, their own half or not."""
+    model, ids, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 12)
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    parts = [model(x, past_key_values=cache).logits for x in (ids[:, :5], ids[:, 5:11], ids[:, 11:])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU compiler")
 def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored():
     """A stored mask of booleans is read one by one (ReLU's backward took 20 times as long), tanh costs twice an exp."""
@@ -554,13 +615,15 @@ def test_compiled_on_cpu_the_logits_are_stored_once():
     assert len(re.findall(r"empty_strided_cpu\(\((?:24|4, 6), 4096\)", codes[0])) == 1
 
 
-def test_compiled_on_cpu_the_causal_mask_is_computed_once():
+def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path):
     """Left to itself the compiler computes it anew for every element of every layer's softmax."""
     utils.init_ranks()
     ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
     mask[:2, :5] = 0
-    config = GPT2Config(n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0)
-    body = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().base_model
+    GPT2Config(
+        n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0
+    ).save_pretrained(tmp_path)
+    body = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0].base_model
     hidden, codes = run_and_get_code(torch.compile(body), ids, attention_mask=mask, use_cache=False)
     expected = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(hidden.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
