@@ -54,7 +54,10 @@ def init_ranks():
 
 def wrap(module, ranks, compiled, dynamic=None):
     """The module that the loss goes through: compiled if asked (dynamic: for all sizes), gradients averaged over ranks."""
-    module = torch.compile(module, dynamic=dynamic) if compiled else module
+    if compiled:  # the gradient of an embedding by torch's own kernel: the compiler's adds up in no fixed order
+        lowering, op = importlib.import_module("torch._inductor.lowering"), torch.ops.aten.embedding_dense_backward
+        lowering.decompositions.pop(op.default, None), lowering.make_fallback(op, warn=False)
+        module = torch.compile(module, dynamic=dynamic)
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 
@@ -77,10 +80,9 @@ def check_divides(divisor, number, what):
 
 def all_gather(x):
     """Concatenate a tensor of equal shape on every rank along dim 0, in rank order."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
     if dist.is_initialized():
-        dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+        dist.all_gather(parts := [torch.empty_like(x) for _ in range(dist.get_world_size())], x.contiguous())
+    return torch.cat(parts) if dist.is_initialized() else x
 
 
 def masked_mean(x, mask):
@@ -162,7 +164,7 @@ def load_function(spec, flag):
 def causal_attention(module, query, key, value, mask, **options):
     """A model's own plain attention in two calls: queries of the first half see no key of the second, which saves a quarter."""
     plain, h = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2
-    if query.shape[2] != key.shape[2] or mask is None or not getattr(module, "is_causal", False):  # e.g. from a cache
+    if query.shape[2] != key.shape[2] or not all(getattr(x, "is_causal", True) for x in (module, module.config)):
         return plain(module, query, key, value, mask, **options)
     first = plain(module, query[:, :, :h], key[:, :, :h], value[:, :, :h], mask[..., :h, :h], **options)[0]
     return torch.cat([first, plain(module, query[:, :, h:], key, value, mask[..., h:, :], **options)[0]], 1), None
@@ -236,10 +238,8 @@ class Run:
 
     def __init__(self, args, ranks, script):
         self.is_main, self.script, self.track = ranks.rank == 0, script, lambda metrics, step: None
-        name = [args.output_dir or f"runs/{script}__{args.seed}__{int(time.time())}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(name)
-        self.folder = Path(name[0])
+        started = int(all_gather(torch.tensor([int(time.time())], device=ranks.device))[0])  # by the clock of rank 0
+        self.folder = Path(args.output_dir or f"runs/{script}__{args.seed}__{started}")
         if not self.is_main:
             return
         record = {"args": asdict(args), "argv": sys.argv, "world_size": ranks.world_size, **environment()}

@@ -60,8 +60,15 @@ BUGS = [
     Bug(
         "halves where all see all",
         "attention that is not causal has no half that can be left out",
-        "test_causal_attention_is_attention",
-        {'or not getattr(module, "is_causal", False)': ""},
+        "test_causal_attention_is_attention test_attention_that_is_not_causal_is_left_whole",
+        {"in (module, module.config)": "in ()"},
+        "utils.py",
+    ),
+    Bug(
+        "gradients added in no fixed order",
+        "the compiler's own gradient of an embedding: a run that is resumed ends elsewhere",
+        "test_compiled_gradients_of_an_embedding_are_the_same_every_time",
+        {"lowering.decompositions.pop(op.default, None), lowering.make_fallback(op, warn=False)": "pass"},
         "utils.py",
     ),
     Bug(

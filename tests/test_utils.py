@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from torch._inductor.decomposition import fast_random_decomps
 from torch._inductor.utils import run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
@@ -569,6 +570,15 @@ def test_causal_attention_is_attention(kind, T, tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_that_is_not_causal_is_left_whole(tmp_path):
+    """A config can make a causal model see both ways; the first hidden state then answers to the last token."""
+    model, ids, mask = with_plain_attention(LlamaConfig(is_causal=False, **SIZES), tmp_path, 8)
+    first = [
+        model(torch.cat([ids[:, :7], ids[:, 7:] * 0 + last], 1), attention_mask=mask).logits[0, 0] for last in (3, 4)
+    ]
+    assert (first[0] - first[1]).abs().max() > 1e-3
+
+
 def test_causal_attention_reads_a_cache_whole(tmp_path):
     """Behind a prompt the next tokens see all slots that are written, their own half or not."""
     model, ids, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 12)
@@ -600,6 +610,23 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
     torch.testing.assert_close(y.double(), layers(*exact), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip((x, *weights), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_gradients_of_an_embedding_are_the_same_every_time():
+    """Left to itself the compiler adds rows that meet in one id atomically: two threads round differently each time."""
+    threads, weight = torch.get_num_threads(), torch.nn.Embedding(64, 256)
+    fast_random_decomps.cache_clear()  # another test may have compiled without `wrap`
+    torch.manual_seed(0)
+    ids, y = torch.randint(64, (64, 128)), torch.randn(64, 128, 256)
+    torch.set_num_threads(2)
+    try:
+        compiled = utils.wrap(weight, ONE, compiled=True)
+        grads = [torch.autograd.grad((compiled(ids) * y).sum(), weight.weight)[0] for _ in range(12)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    exact = torch.zeros(64, 256, dtype=torch.double).index_add_(0, ids.flatten(), y.double().flatten(0, 1))
+    torch.testing.assert_close(grads[0].double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_compiled_on_cpu_the_logits_are_stored_once():
