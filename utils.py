@@ -55,8 +55,9 @@ def init_ranks():
 def wrap(module, ranks, compiled, dynamic=None):
     """The module that the loss goes through: compiled if asked (dynamic: for all sizes), gradients averaged over ranks."""
     if compiled:  # the gradient of an embedding by torch's own kernel: the compiler's adds up in no fixed order
-        lowering, op = importlib.import_module("torch._inductor.lowering"), torch.ops.aten.embedding_dense_backward
-        lowering.decompositions.pop(op.default, None), lowering.make_fallback(op, warn=False)
+        op, torch.compiler.config.cache_key_tag = torch.ops.aten.embedding_dense_backward, "no graph of other settings"
+        importlib.import_module("torch._inductor.lowering").make_fallback(op, warn=False)
+        torch._inductor.decomposition.select_decomp_table().pop(op.default, None)
         module = torch.compile(module, dynamic=dynamic)
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
@@ -117,8 +118,7 @@ class Means(dict):
 
 def load_rows(path, columns):
     """A datasets.Dataset that has one of the groups of text columns: a .json(l) or .parquet file, a folder, a Hub name."""
-    check_path(path)
-    datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    check_path(path), datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     p, source = Path(path), {"path": path}
     if p.exists():
         files = [p] if p.is_file() else sorted(x for x in p.iterdir() if x.suffix in (".json", ".jsonl", ".parquet"))
@@ -161,10 +161,11 @@ def load_function(spec, flag):
     return function
 
 
-def causal_attention(module, query, key, value, mask, **options):
+def causal_attention(module, query, key, value, attention_mask, **options):
     """A model's own plain attention in two calls: queries of the first half see no key of the second, which saves a quarter."""
-    plain, h = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2
-    if query.shape[2] != key.shape[2] or not all(getattr(x, "is_causal", True) for x in (module, module.config)):
+    plain, h, mask = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2, attention_mask
+    causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
+    if not causal or query.shape[2] != key.shape[2] or any(getattr(x, "ndim", 0) > 2 for x in options.values()):
         return plain(module, query, key, value, mask, **options)
     first = plain(module, query[:, :, :h], key[:, :, :h], value[:, :, :h], mask[..., :h, :h], **options)[0]
     return torch.cat([first, plain(module, query[:, :, h:], key, value, mask[..., h:, :], **options)[0]], 1), None
@@ -173,8 +174,7 @@ def causal_attention(module, query, key, value, mask, **options):
 def load_pretrained(auto_class, path, may_miss=(), **options):
     """(model, names of weights that its folder lacks: only such as end with an entry of `may_miss`): fp32, eval, no dropout."""
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()  # what lacks: below
-    transformers.AttentionInterface.register("eager", causal_attention)
-    check_path(path)
+    check_path(path), transformers.AttentionInterface.register("eager", causal_attention)
     try:  # with GELU as one kernel, and on CPU plain attention: both are faster
         config = transformers.AutoConfig.from_pretrained(path, **options)
         zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}

@@ -12,8 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch._inductor.decomposition import fast_random_decomps
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
@@ -579,6 +578,21 @@ def test_attention_that_is_not_causal_is_left_whole(tmp_path):
     assert (first[0] - first[1]).abs().max() > 1e-3
 
 
+def test_attention_is_halved_only_where_nothing_else_has_positions(tmp_path):
+    """A bias of each pair of positions is no mask and is not cut; a module that does not say that it is causal is not."""
+    model, _, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 8)
+    module, options = model.model.layers[0].self_attn, {"scaling": 0.5, "dropout": 0.0}
+    query, (key, value) = torch.randn(3, 4, 8, 4), torch.randn(2, 3, 2, 8, 4)
+    options["attention_mask"] = torch.full((8, 8), -1e9).triu(1).expand(3, 1, 8, 8)
+    halved, weights = utils.causal_attention(module, query, key, value, **options)
+    assert weights is None and halved.shape == (3, 8, 4, 4)
+    whole, weights = utils.causal_attention(module, query, key, value, **options, bias=torch.zeros(1, 4, 8, 8))
+    assert weights.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(halved, whole, rtol=1e-4, atol=1e-5)
+    del module.is_causal
+    assert utils.causal_attention(module, query, key, value, **options)[1] is not None
+
+
 def test_causal_attention_reads_a_cache_whole(tmp_path):
     """Behind a prompt the next tokens see all slots that are written, their own half or not."""
     model, ids, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 12)
@@ -615,13 +629,15 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
 def test_compiled_gradients_of_an_embedding_are_the_same_every_time():
     """Left to itself the compiler adds rows that meet in one id atomically: two threads round differently each time."""
     threads, weight = torch.get_num_threads(), torch.nn.Embedding(64, 256)
-    fast_random_decomps.cache_clear()  # another test may have compiled without `wrap`
     torch.manual_seed(0)
     ids, y = torch.randint(64, (64, 128)), torch.randn(64, 128, 256)
     torch.set_num_threads(2)
     try:
-        compiled = utils.wrap(weight, ONE, compiled=True)
-        grads = [torch.autograd.grad((compiled(ids) * y).sum(), weight.weight)[0] for _ in range(12)]
+        with fresh_cache():
+            torch.autograd.grad((torch.compile(weight)(ids) * y).sum(), weight.weight)  # leaves its graph in the cache
+            torch.compiler.reset()
+            compiled = utils.wrap(weight, ONE, compiled=True)
+            grads = [torch.autograd.grad((compiled(ids) * y).sum(), weight.weight)[0] for _ in range(12)]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(grad, grads[0]) for grad in grads)
