@@ -251,7 +251,7 @@ class Run:
             self.track = importlib.import_module("wandb").init(**options).log
         elif args.track == "tensorboard":
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
-            self.track = lambda metrics, step: [writer.add_scalar(key, metrics[key], step) for key in metrics]
+            self.track = lambda new, step: [*(writer.add_scalar(key, new[key], step) for key in new), writer.flush()]
         print(f"{script}: writing to {self.folder}", flush=True)
 
     def log(self, step, metrics, show=()):

@@ -1,7 +1,11 @@
 """--track: the numbers of metrics.jsonl reach TensorBoard and W&B under the same keys, inside the run folder."""
 
-import pytest
+from dataclasses import make_dataclass
 
+import pytest
+import torch
+
+import utils
 from conftest import read_jsonl, write_jsonl
 
 
@@ -36,6 +40,16 @@ def test_tensorboard_holds_the_keys_and_numbers_of_metrics_jsonl(train):
         theirs = [(event.step, event.value) for event in events.Scalars(key)]
         assert [step for step, _ in ours] == [step for step, _ in theirs]
         assert [value for _, value in theirs] == pytest.approx([value for _, value in ours], rel=1e-5)
+
+
+def test_tensorboard_holds_a_step_once_it_is_logged(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = {"seed": 1, "output_dir": str(tmp_path / "run"), "resume": None, "track": "tensorboard"}
+    run = utils.Run(make_dataclass("Args", flags)(**flags), utils.Ranks(0, 1, torch.device("cpu")), "sft")
+    for step in (1, 2, 3):
+        run.log(step, {"train/sft/loss": float(step), "optim/grad_norm": 0.5})
+        events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()  # the run goes on: nothing is closed
+        assert [event.step for event in events.Scalars("optim/grad_norm")] == list(range(1, step + 1))
 
 
 def test_wandb_writes_an_offline_run_inside_the_run_folder(train):
