@@ -99,13 +99,26 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class Scorer(torch.nn.Module):
-    """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward."""
+    """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward. The last
+    layer's MLP, which mixes no tokens and of which one token is read, computes that one alone (its output is 0 elsewhere)."""
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, layers = model, getattr(model.base_model, "layers", getattr(model.base_model, "h", [None]))
+        if (mlp := getattr(layers[-1], "mlp", None)) is not None:
+            mlp.register_forward_pre_hook(self.take_last), mlp.register_forward_hook(self.put_last)
+
+    def take_last(self, mlp, inputs):
+        if len(inputs) == 1 and inputs[0].ndim == 3:  # not a residual beside it, not all rows in one
+            return inputs[0].take_along_dim(self.is_last.long().argmax(1)[:, None, None], 1)
+
+    def put_last(self, mlp, inputs, output):
+        if isinstance(output, torch.Tensor) and output.shape[:2] == (len(self.is_last), 1):
+            return torch.where(self.is_last[:, :, None], output, 0.0)
 
     def forward(self, input_ids, attention_mask):
+        position = attention_mask.long() * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        self.is_last = position == position.amax(1, keepdim=True)
         return last_token_scores(self.model, input_ids, attention_mask)
 
 

@@ -9,7 +9,8 @@ The work, B rows of P query and R response tokens, T = P + R:
     rollout    a prefill of B * P tokens and R - 1 decoding steps of B tokens through the policy; its head at B * R
     score      one forward of policy, reference, critic and reward model; heads of the first two at the response only
     update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
-    sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows
+    sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows, the
+               MLP of its last layer at the token of each that is scored
     ilql       forward and backward of the policy on T - 1 tokens, with its head, V and two Q heads at the response; the
                two target heads forward, of whose last layer only the actions' rows are read (not counted)
 
@@ -21,13 +22,21 @@ import copy
 from collections import namedtuple
 
 import torch
+from torch.nn import Linear
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from turns import clock
 
 Product = namedtuple("Product", "rows inner outer times backward")  # (rows, inner) @ (inner, outer), `times` in a row
-Model = namedtuple("Model", "body head layers width kv_width")  # linear layers [(inner, outer)], LM head (inner, outer)
+# linear layers [(inner, outer)], LM head (inner, outer), those of `body` that are the last layer's MLP
+Model = namedtuple("Model", "body head layers width kv_width last_mlp", defaults=[()])
+
+
+def linear_layers(module):
+    """[(inner, outer)] of all linear layers in a module."""
+    linear = [m for m in module.modules() if isinstance(m, (Conv1D, Linear))]
+    return [tuple(m.weight.shape if isinstance(m, Conv1D) else m.weight.T.shape) for m in linear]
 
 
 def model_shape(config):
@@ -35,17 +44,14 @@ def model_shape(config):
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(config)
         body = AutoModel.from_config(config)
-    layers = []
-    for module in body.modules():
-        if isinstance(module, Conv1D):
-            layers.append(tuple(module.weight.shape))
-        elif isinstance(module, torch.nn.Linear):
-            layers.append((module.in_features, module.out_features))
+    blocks = getattr(body, "layers", getattr(body, "h", [None]))
     head, text = causal.get_output_embeddings(), config.get_text_config()
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_width = (getattr(text, "num_key_value_heads", None) or heads) * head_width
-    return Model(layers, (head.in_features, head.out_features), text.num_hidden_layers, heads * head_width, kv_width)
+    head, width = (head.in_features, head.out_features), heads * head_width
+    last_mlp = linear_layers(blocks[-1].mlp) if hasattr(blocks[-1], "mlp") else []
+    return Model(linear_layers(body), head, text.num_hidden_layers, width, kv_width, last_mlp)
 
 
 def products(model, tokens, head_tokens, times=1, backward=False):
@@ -77,7 +83,11 @@ def phases(policy, critic, kind, B, P, R, epochs=1):
         work = products(policy, B * T, B * R, backward=True)
         return {"update": ([work], attention_flops(policy, B, 0, T, backward=True))}
     if kind == "reward_model":
-        work = products(critic, 2 * B * T, 0, backward=True)
+        body = list(critic.body)
+        for layer in critic.last_mlp:
+            body.remove(layer)
+        work = products(critic._replace(body=body), 2 * B * T, 0, backward=True)
+        work += products(critic._replace(body=critic.last_mlp), 2 * B, 0, backward=True)
         return {"update": ([work], attention_flops(critic, 2 * B, 0, T, backward=True))}
     if kind == "ilql":
         width, vocabulary = policy.head

@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, BloomConfig, FalconConfig, Gemma2Config, GPT2Config
+from transformers import GPT2LMHeadModel, LlamaConfig, OPTConfig, Qwen3MoeConfig
 
 import reward_model
 import utils
@@ -172,6 +173,43 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
     assert scores.dtype == torch.float32 and not torch.equal(scores, exact)
     assert not torch.equal(scores, scores.bfloat16().float())  # the head itself is not rounded to bf16
     assert torch.allclose(scores, exact, atol=0.1)
+
+
+SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.2}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPED = {**WIDE, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+FAMILIES = [  # and how many tokens of five rows of twelve the MLP of the last layer is given
+    (GPT2Config(n_embd=16, n_layer=2, n_head=2, **SMALL), 5),
+    (LlamaConfig(**GROUPED, **SMALL), 5),
+    (Gemma2Config(**GROUPED, **SMALL), 5),  # a norm behind the MLP
+    (FalconConfig(**WIDE, **SMALL), 5),  # attention and MLP side by side, added in place
+    (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), 5),
+    (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), 60),  # an MLP that adds the residual
+    (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),  # no module for it
+]
+
+
+@pytest.mark.parametrize(("config", "tokens"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
+def test_the_last_mlp_computes_the_token_that_is_scored(config, tokens):
+    def scores_and_gradients(function, *model):
+        scores = function(*model, input_ids, attention_mask)
+        whole.zero_grad()
+        scores.square().sum().backward()
+        return scores, [x.grad if x.grad is None else x.grad.double().numpy() for x in whole.parameters()]
+
+    torch.manual_seed(0)
+    whole = AutoModelForSequenceClassification.from_config(config).eval()
+    input_ids, attention_mask = padded(SEQUENCES, 2, 3, 0)
+    scores, gradients = scores_and_gradients(reward_model.last_token_scores, whole)
+    names, scorer, given = list(whole.state_dict()), reward_model.Scorer(whole), []
+    if tokens is not None:
+        mlp = getattr(whole.base_model, "layers", getattr(whole.base_model, "h", None))[-1].mlp
+        mlp.register_forward_pre_hook(lambda mlp, inputs: given.append(inputs[0].shape[:2].numel()))
+    ours, our_gradients = scores_and_gradients(scorer)
+    assert torch.allclose(ours, scores, atol=1e-5) and scores.std() > 0.1
+    assert [x is None for x in our_gradients] == [x is None for x in gradients]
+    assert_same_gradients(*([[x for x in step if x is not None]] for step in (our_gradients, gradients)))
+    assert given == [tokens] * (tokens is not None) and list(whole.state_dict()) == names
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -41,13 +41,13 @@ TINY = {
 
 def test_linear_layers_by_hand():
     gpt2 = floors.model_shape(TINY["gpt2"])
-    assert gpt2 == ([(24, 72), (24, 24), (24, 96), (96, 24)] * 2, (24, 32), 2, 24, 24)
+    assert gpt2 == ([(24, 72), (24, 24), (24, 96), (96, 24)] * 2, (24, 32), 2, 24, 24, [(24, 96), (96, 24)])
     llama = floors.model_shape(TINY["llama"])
     attention, mlp = [(16, 16), (16, 8), (16, 8), (16, 16)], [(16, 40), (16, 40), (40, 16)]
     assert sorted(llama.body) == sorted((attention + mlp) * 2)
-    assert llama[1:] == ((16, 32), 2, 16, 8)
+    assert llama[1:] == ((16, 32), 2, 16, 8, mlp)
     projected = floors.model_shape(TINY["opt-projected"])
-    assert {(8, 16), (16, 8)} <= set(projected.body) and projected.head == (8, 32)
+    assert {(8, 16), (16, 8)} <= set(projected.body) and projected.head == (8, 32) and projected.last_mlp == []
 
 
 def test_the_update_of_the_large_gpt2_by_hand():
@@ -71,7 +71,8 @@ def test_the_trainers_by_hand():
     update = floors.phases(model, model, "sft", 3, 2, 4)["update"]
     assert floors.phase_flops(update) == 6 * 3 * (6 * body + 4 * head) + 3 * 2 * 4 * 24 * 3 * pairs
     update = floors.phases(model, model, "reward_model", 3, 2, 4)["update"]
-    assert floors.phase_flops(update) == 6 * 6 * 6 * body + 3 * 2 * 4 * 24 * 6 * pairs
+    linear = 6 * 6 * (6 * (body - 8 * 24**2) + 8 * 24**2)  # the last MLP at one token of six
+    assert floors.phase_flops(update) == linear + 3 * 2 * 4 * 24 * 6 * pairs
     update = floors.phases(model, model, "ilql", 3, 2, 4)["update"]  # 5 tokens of a row are read, 4 have actions
     q, v = 24 * 48 + 48 * 32, 24 * 48 + 48
     heads = 6 * 3 * 4 * (head + 2 * q + v) + 2 * 3 * 4 * 2 * 24 * 48
