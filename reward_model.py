@@ -102,6 +102,8 @@ class Scorer(torch.nn.Module):
     """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward. The last
     layer's MLP, which mixes no tokens and of which one token is read, computes that one alone (its output is 0 elsewhere)."""
 
+    is_last = None  # (B,T) while a forward runs: outside of it the model is whole
+
     def __init__(self, model):
         super().__init__()
         self.model, layers = model, getattr(model.base_model, "layers", getattr(model.base_model, "h", [None]))
@@ -109,17 +111,19 @@ class Scorer(torch.nn.Module):
             mlp.register_forward_pre_hook(self.take_last), mlp.register_forward_hook(self.put_last)
 
     def take_last(self, mlp, inputs):
-        if len(inputs) == 1 and inputs[0].ndim == 3:  # not a residual beside it, not all rows in one
-            return inputs[0].take_along_dim(self.is_last.long().argmax(1)[:, None, None], 1)
+        if self.is_last is not None and len(inputs) == 1 and inputs[0].ndim == 3:  # (B,T,d), no residual beside it
+            rows = torch.arange(len(self.is_last), device=inputs[0].device)
+            return inputs[0][rows, self.is_last.long().argmax(1)][:, None]
 
     def put_last(self, mlp, inputs, output):
-        if isinstance(output, torch.Tensor) and output.shape[:2] == (len(self.is_last), 1):
+        if self.is_last is not None and isinstance(output, torch.Tensor) and output.shape[1] == 1:
             return torch.where(self.is_last[:, :, None], output, 0.0)
 
     def forward(self, input_ids, attention_mask):
         position = attention_mask.long() * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         self.is_last = position == position.amax(1, keepdim=True)
-        return last_token_scores(self.model, input_ids, attention_mask)
+        scores, self.is_last = last_token_scores(self.model, input_ids, attention_mask), None
+        return scores
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
@@ -191,9 +195,7 @@ def encode_comparisons(rows, tokenizer, args, path):
         encoded.append((*sides, float(row["margin"]) if has_margin else 0.0))
     kept = [pair for pair in encoded if max(len(pair[0]), len(pair[1])) <= args.max_length]
     if len(kept) < len(encoded):
-        print(
-            f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs longer than {args.max_length} tokens"
-        )
+        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs longer than --max_length")
     if not kept:
         raise UserError(f"{path}: no pair is left; every one is longer than --max_length {args.max_length}")
     return kept

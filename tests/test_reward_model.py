@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForSequenceClassification, BloomConfig, FalconConfig, Gemma2Config, GPT2Config
 from transformers import GPT2LMHeadModel, LlamaConfig, OPTConfig, Qwen3MoeConfig
 
@@ -210,6 +211,23 @@ def test_the_last_mlp_computes_the_token_that_is_scored(config, tokens):
     assert [x is None for x in our_gradients] == [x is None for x in gradients]
     assert_same_gradients(*([[x for x in step if x is not None]] for step in (our_gradients, gradients)))
     assert given == [tokens] * (tokens is not None) and list(whole.state_dict()) == names
+    others = padded(SEQUENCES[1:], 0, 1, 0)
+    again = scorer(*others)
+    assert again.tolist() == pytest.approx(scores[1:].tolist(), abs=1e-5)
+    assert reward_model.last_token_scores(whole, *others).tolist() == pytest.approx(again.tolist(), abs=1e-5)
+    if tokens is not None:
+        assert given[-1] == others[0].numel()  # beside the scorer the model is whole
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_one_compiled_graph_for_all_lengths_but_the_first(kind, request):
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    scorer = torch.compile(reward_model.Scorer(load(request.getfixturevalue(f"{kind}_rm_folder"))), backend=counter)
+    for T in (8, 16, 24, 32, 40):
+        ids = torch.full((5, T), 3)
+        scorer(ids, torch.ones_like(ids)).sum().backward()
+    assert counter.frame_count == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

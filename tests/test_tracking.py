@@ -1,5 +1,6 @@
 """--track: the numbers of metrics.jsonl reach TensorBoard and W&B under the same keys, inside the run folder."""
 
+import time
 from dataclasses import make_dataclass
 
 import pytest
@@ -42,8 +43,12 @@ def test_tensorboard_holds_the_keys_and_numbers_of_metrics_jsonl(train):
         assert [value for _, value in theirs] == pytest.approx([value for _, value in ours], rel=1e-5)
 
 
-def test_tensorboard_holds_a_step_once_it_is_logged(tmp_path):
+def test_tensorboard_holds_a_step_once_it_is_logged(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: (time.sleep(0.1), write(self, data)))  # a slow disk
     flags = {"seed": 1, "output_dir": str(tmp_path / "run"), "resume": None, "track": "tensorboard"}
     run = utils.Run(make_dataclass("Args", flags)(**flags), utils.Ranks(0, 1, torch.device("cpu")), "sft")
     for step in (1, 2, 3):
