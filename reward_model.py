@@ -195,7 +195,7 @@ def encode_comparisons(rows, tokenizer, args, path):
         encoded.append((*sides, float(row["margin"]) if has_margin else 0.0))
     kept = [pair for pair in encoded if max(len(pair[0]), len(pair[1])) <= args.max_length]
     if len(kept) < len(encoded):
-        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs longer than --max_length")
+        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs of over {args.max_length} tokens")
     if not kept:
         raise UserError(f"{path}: no pair is left; every one is longer than --max_length {args.max_length}")
     return kept

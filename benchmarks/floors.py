@@ -10,7 +10,7 @@ The work, B rows of P query and R response tokens, T = P + R:
     score      one forward of policy, reference, critic and reward model; heads of the first two at the response only
     update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
     sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows, the
-               MLP of its last layer at the token of each that is scored (its queries, at all)
+               MLP of its last layer at the one token of each that is scored, everything before it at all tokens
     ilql       forward and backward of the policy on T - 1 tokens, with its head, V and two Q heads at the response; the
                two target heads forward, of whose last layer only the actions' rows are read (not counted)
 
