@@ -40,10 +40,9 @@ def init_ranks():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
     torch.get_device_module(device).set_device(device)
-    if not cuda:  # compiled: exp takes less time than tanh, ReLU's backward less from its output than a stored mask,
-        inductor, functorch = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
-        inductor.cpp.use_decompose_tanh = functorch.aggressive_recomputation = True
-        inductor.realize_opcount_threshold = 12  # and the causal mask once less than anew in each layer's softmax
+    if not cuda:  # less time: the causal mask once, not in each softmax; exp for tanh; ReLU's backward from its output
+        config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
+        config.realize_opcount_threshold, config.cpp.use_decompose_tanh, aot.aggressive_recomputation = 12, True, True
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
@@ -175,6 +174,7 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
     """(model, names of weights that its folder lacks: only such as end with an entry of `may_miss`): fp32, eval, no dropout."""
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()  # what lacks: below
     check_path(path), transformers.AttentionInterface.register("eager", causal_attention)
+    transformers.integrations.sdpa_attention.is_torchdynamo_compiling = lambda: False  # no grouped key is repeated
     try:  # with GELU as one kernel, and on CPU plain attention: both are faster
         config = transformers.AutoConfig.from_pretrained(path, **options)
         zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}

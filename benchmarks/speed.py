@@ -359,8 +359,8 @@ def table(group):
 
 def work_of(part, shape, args):
     """(units of work in a turn, their name); None where each turn counts its own."""
-    if part in ("ppo", "ranks"):
-        return 1, "updates"
+    if part in ("ppo", "ranks"):  # prompts and responses, as DeepSpeed-Chat counts
+        return shape.batch * (shape.prompt + shape.response), "tokens"
     if part == "decode":
         return None, "tokens"
     if part == "sft":

@@ -4,6 +4,7 @@ the whole command on tiny shapes without the peers. No speed is asserted."""
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,25 @@ def test_ppo_against_its_floor_and_the_file_it_writes(tmp_path, capsys):
 def test_decoding_against_transformers_with_geometric_lengths(capsys):
     speed.main(speed.Args(**SMALL | {"parts": ("decode",), "lengths": ("geometric",), "engines": ("peer", "eager")}))
     assert "ours eager fp32 is " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "llama-1b", "opt-1.3b"])
+def test_the_shapes_for_a_gpu_run_in_small(name, monkeypatch, capsys):
+    """Their commands in docs/speed.md, with the families, the pairs of policy and critic and the bf16 of the real ones."""
+    small = {"gpt2-124m": ("gpt2", "gpt2"), "llama-1b": ("llama", "llama"), "opt-1.3b": ("opt", "opt-projected")}[name]
+    policy, critic = (TINY[kind] for kind in small)
+    real = shapes.preset(name)
+    assert (type(policy), type(critic)) == (type(real.policy), type(real.critic))
+    monkeypatch.setattr(speed, "preset", lambda name: replace(real, policy=policy, critic=critic))
+    options = SMALL | {"presets": (name,), "dtypes": ("bf16",), "repeats": 1, "micro_batch_size": 2, "fresh": True}
+    speed.main(
+        speed.Args(**options | {"parts": ("decode",), "lengths": ("full",), "engines": ("peer", "eager", "floor")})
+    )
+    speed.main(speed.Args(**options | {"parts": ("ppo",), "engines": ("eager", "floor")}))
+    out = capsys.readouterr().out
+    assert "ours eager bf16 is " in out and "x as fast as generate bf16 [" in out
+    assert "ours eager bf16 over its floor: rollout " in out and ", update " in out
+    assert out.count("tokens/s") == 2
 
 
 def test_the_trainers_run_anew_in_each_round_and_on_two_ranks(capsys):

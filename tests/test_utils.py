@@ -1,5 +1,6 @@
 """Masked statistics against numpy and against two ranks; data files, model folders and run folders, good and bad."""
 
+import functools
 import json
 import math
 import os
@@ -12,9 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, StaticCache
+from transformers.integrations import sdpa_attention
 
 import ppo_rlhf
 import utils
@@ -599,6 +602,29 @@ def test_causal_attention_reads_a_cache_whole(tmp_path):
     whole, cache = model(ids).logits, DynamicCache(config=model.config)
     parts = [model(x, past_key_values=cache).logits for x in (ids[:, :5], ids[:, 5:11], ids[:, 11:])]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="older transformers repeat the keys")
+def test_a_compiled_step_repeats_no_key_of_grouped_queries(tmp_path):
+    """With torch's attention, which CUDA uses: it gets the cache as it lies, and the tokens are those of plain attention."""
+    model, _, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 8)
+    queries, uniforms = torch.randint(2, 16, (3, 5)), torch.rand(3, 6)
+    mask = torch.tensor([[True] * 5, [False] * 2 + [True] * 3, [False] + [True] * 4])
+    inputs = (queries, mask, uniforms, 1.0, [0], 1)
+    expected = ppo_rlhf.generate(model, *inputs)
+    model.set_attn_implementation("sdpa")
+    shapes = []
+
+    def look(graph, inputs):
+        attention = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+        shapes.extend(tuple(x.meta["val"].shape) for node in attention for x in node.args[:3])
+        return graph.forward
+
+    backend = functools.partial(aot_module_simplified, fw_compiler=look)
+    step = torch.compile(ppo_rlhf.decode_step, fullgraph=True, backend=backend)
+    cache = StaticCache(config=model.config, max_cache_len=11)
+    assert torch.equal(ppo_rlhf.generate(model, *inputs, step=step, cache=cache), expected)
+    assert shapes == [(3, 2, 2, 4), (3, 2, 11, 4), (3, 2, 11, 4)] * 2  # 4 heads, 2 of keys and values
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU compiler")
