@@ -96,10 +96,10 @@ def phases(policy, critic, kind, B, P, R, epochs=1):
         work = products(policy, B * (T - 1), B * R, backward=True) + products(v_and_qs, B * R, 0, backward=True)
         targets = products(Model([(width, 2 * width)] * 2, None, 0, 0, 0), B * R, 0)
         return {"update": ([work, targets], attention_flops(policy, B, 0, T - 1, backward=True))}
-    both = [products(policy, B * T, B * R), products(critic, B * T, 0)]
+    score = [products(policy, B * T, B * R, 2), products(critic, B * T, 0, 2)]  # and reference and reward model
     forward = attention_flops(policy, B, 0, T) + attention_flops(critic, B, 0, T)
     update = [products(policy, B * T, B * R, epochs, True), products(critic, B * T, 0, epochs, True)]
-    return {"rollout": rollout, "score": (both + both, 2 * forward), "update": (update, 3 * epochs * forward)}
+    return {"rollout": rollout, "score": (score, 2 * forward), "update": (update, 3 * epochs * forward)}
 
 
 def phase_flops(phase):
@@ -148,14 +148,13 @@ class BareProducts:
 
 
 def cpu_floor(work, dtype):
-    """A function () -> {phase: seconds} that measures anew at each call."""
-    bare = {name: BareProducts(phase[0], dtype) for name, phase in work.items()}
+    """A function () -> {phase: seconds} that measures anew at each call, and holds the operands of one phase at a time."""
 
     def measure():
         seconds = {}
         for name, (groups, attention) in work.items():
             linear = sum(map(product_flops, groups))
-            seconds[name] = bare[name].seconds() * (linear + attention) / linear
+            seconds[name] = BareProducts(groups, dtype).seconds() * (linear + attention) / linear
         return seconds
 
     return measure
