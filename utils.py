@@ -39,7 +39,7 @@ def init_ranks():
     """Join the process group that `torchrun` announces (nccl on CUDA, gloo on CPU); one rank without torchrun."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
-    torch.get_device_module(device).set_device(device)
+    torch.get_device_module(device).set_device(device), torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients
     if not cuda:  # less time: the causal mask once, not in each softmax; exp for tanh; ReLU's backward from its output
         config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
         config.realize_opcount_threshold, config.cpp.use_decompose_tanh, aot.aggressive_recomputation = 12, True, True
@@ -164,7 +164,7 @@ def causal_attention(module, query, key, value, attention_mask, **options):
     """A model's own plain attention in two calls: queries of the first half see no key of the second, which saves a quarter."""
     plain, h, mask = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2, attention_mask
     causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
-    if not causal or query.shape[2] != key.shape[2] or any(getattr(x, "ndim", 0) > 2 for x in options.values()):
+    if not causal or query.shape[2] != key.shape[2] or any(torch.is_tensor(x) and x.ndim > 2 for x in options.values()):
         return plain(module, query, key, value, mask, **options)
     first = plain(module, query[:, :, :h], key[:, :, :h], value[:, :, :h], mask[..., :h, :h], **options)[0]
     return torch.cat([first, plain(module, query[:, :, h:], key, value, mask[..., h:, :], **options)[0]], 1), None
