@@ -1,9 +1,10 @@
 """The least that the work of each phase can take on this machine: what speed.py holds the contenders against.
 
 On CPU a phase's floor is the time of its bare matrix products, run here in the same shapes, order and dtype, each with
-weights of its own. The products of attention (queries by keys, probabilities by values, only at or before the query)
-are counted and charged at the speed that the linear layers reach. On CUDA training and scoring are charged at the peak
-of a large product measured here, decoding with the bytes of weights and cache over the bandwidth of a large copy.
+weights of its own (in scoring, the frozen model's are the trained one's). The products of attention (queries by keys,
+probabilities by values, only at or before the query) are counted and charged at the speed that the linear layers reach.
+On CUDA training and scoring are charged at the peak of a large product measured here, decoding with the bytes of weights
+and cache over the bandwidth of a large copy.
 
 The work, B rows of P query and R response tokens, T = P + R:
     rollout    a prefill of B * P tokens and R - 1 decoding steps of B tokens through the policy; its head at B * R
@@ -117,8 +118,8 @@ def decode_bytes(policy, B, P, R, size):
 
 
 class BareProducts:
-    """The products of a phase as tensors. Passes that repeat run once and are counted `times`, but for the decoding steps,
-    which are short and run all."""
+    """The products of a phase as tensors. Of passes that repeat, those with a backward run once and are counted `times`; the
+    others run all."""
 
     def __init__(self, work, dtype):
         self.passes = []
@@ -127,7 +128,7 @@ class BareProducts:
             for p in group:
                 x, w = torch.randn(p.rows, p.inner).to(dtype), torch.randn(p.inner, p.outer).to(dtype)
                 out = torch.randn(p.rows, p.outer).to(dtype)
-                gradients = (torch.empty_like(x), torch.empty_like(w)) if p.backward else (None, None)
+                gradients = (torch.zeros_like(x), torch.zeros_like(w)) if p.backward else (None, None)
                 tensors.append((x, w, out, *gradients))
             self.passes.append((tensors, group[0].times, group[0].backward))
 

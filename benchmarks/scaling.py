@@ -93,7 +93,7 @@ def main(args):
             whole = seconds["rollout"] + seconds["score"] + max(seconds["update"], exchange)
             cells = [f"{(policy + critic) / 1e6:.0f}M", f"{state_bytes(policy, critic, n) / 1e9:.1f}", str(n)]
             cells += [f"{x:.2f}" for x in seconds.values()] + [f"{sent / 1e9:.2f}", f"{exchange:.3f}"]
-            rows.append([name, *cells, f"{exchange / seconds['update']:.2f}", f"{n * B * R / whole:.0f}"])
+            rows.append([name, *cells, f"{exchange / seconds['update']:.2f}", f"{n * B * (P + R) / whole:.0f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))

@@ -384,6 +384,16 @@ def usable_processors():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def write(args, threads, seconds, groups):
+    """The result so far, whole or not at all."""
+    record = {"args": asdict(args), "argv": sys.argv, "environment": environment(), "processor": processor()}
+    record |= {"threads": threads, "peers": {part: f"trl {PEERS[part]}" for part in PEERS if part in args.parts}}
+    record |= {"seconds": seconds, "comparisons": groups}
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{args.output}.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    os.rename(f"{args.output}.tmp", args.output)
+
+
 def main(args):
     for name in (
         "repeats",
@@ -429,14 +439,9 @@ def main(args):
                     group["contenders"] = [summarise(contender, units, unit) for contender in contenders]
                     groups.append(group | {"ratios": ratios, "over_floor": over_floor})
                     print("\n" + table(groups[-1]) + "\n", flush=True)
-
+                    if args.output:  # after each comparison: a run that is stopped keeps those before
+                        write(args, threads, time.time() - began, groups)
     if args.output:
-        record = {"args": asdict(args), "argv": sys.argv, "environment": environment(), "processor": processor()}
-        record |= {"threads": threads, "peers": {part: f"trl {PEERS[part]}" for part in PEERS if part in args.parts}}
-        record |= {"seconds": time.time() - began, "comparisons": groups}
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.output}.tmp").write_text(json.dumps(record, indent=1) + "\n")
-        os.rename(f"{args.output}.tmp", args.output)
         print(f"written to {args.output}")
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "benchmarks")]
 
 import ppo_rlhf
 import reward_model
 import sft
+import shapes
 from conftest import write_jsonl
 from turns import CompileWatch
+from utils import init_ranks, load_pretrained, wrap
 
 LETTERS = "abcdefghijklmnop"
 TEXTS = [
@@ -111,6 +114,81 @@ def test_two_compiled_ranks_are_one_that_is_not(runs, tmp_path, run_script):
     for line, other in zip(*(map(json.loads, lines) for lines in metrics), strict=True):
         expected = {key: line[key] for key in line if not key.startswith(CLOCKS)}
         assert {key: other[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+CONFIGS = {"gpt2": shapes.gpt2(2, 24, 64), "opt": shapes.opt(2, 16, 4, 16, True, vocabulary=64)}
+CONFIGS["llama"] = shapes.llama(2, 16, 40, 4, 2, 64, tied=True)
+
+
+def wide_weights(auto_class, config, folder):
+    """A model as the scripts load it, with weights that are not small."""
+    type(config).from_dict(config.to_dict() | {"num_labels": 1}).save_pretrained(folder)
+    model, _ = load_pretrained(auto_class, str(folder))
+    torch.manual_seed(len(str(auto_class)))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_compiled_logprobs_values_and_loss_are_eager(kind, tmp_path):
+    """Two lengths of rows that are padded on both sides."""
+    ranks = init_ranks()
+    policy = wide_weights(AutoModelForCausalLM, CONFIGS[kind], tmp_path / "policy").to(ranks.device)
+    critic = wide_weights(AutoModelForSequenceClassification, CONFIGS[kind], tmp_path / "critic").to(ranks.device)
+    eager = ppo_rlhf.ActorCritic(policy, critic)
+    compiled, args = wrap(eager, ranks, compiled=True, dynamic=True), ppo_rlhf.Args()
+    bias = torch.zeros(64, device=ranks.device)
+    for B, P, R in ((5, 6, 16), (4, 6, 8)):
+        generator = torch.Generator().manual_seed(R)
+        ids = torch.randint(2, 64, (B, P + R), generator=generator).to(ranks.device)
+        mask = (torch.arange(P + R) >= torch.arange(B)[:, None]) & (
+            torch.arange(P + R) < P + R - torch.arange(B)[:, None]
+        )
+        mask = mask.to(ranks.device)
+        answers, losses, grads = [], [], []
+        for model in (eager, compiled):
+            outputs = model(ids, mask, R, 0.7, bias)
+            old = [x.detach() + 0.1 for x in (outputs[0], outputs[2])]
+            advantages, returns = torch.randn(2, B, R, generator=generator.manual_seed(1)).to(ranks.device)
+            loss, _ = ppo_rlhf.ppo_loss(*outputs, *old, advantages, returns, mask[:, P:], args)
+            answers.append([torch.where(mask[:, P:], x, 0) for x in outputs])
+            losses.append(loss / mask[:, P:].sum())
+            grads.append(
+                torch.autograd.grad(losses[-1], [x for x in eager.parameters() if x.requires_grad], allow_unused=True)
+            )
+        for ours, theirs in zip(*answers, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-4)
+        for ours, theirs in zip(*grads, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_tokens_are_eager_but_for_near_ties(tmp_path, capsys):
+    """12,288 tokens of 8192 ids by the same uniforms: where a row first parts, its uniform lies on the border of two ids
+    but for rounding."""
+    ranks, (B, P, R) = init_ranks(), (256, 4, 48)
+    policy = wide_weights(AutoModelForCausalLM, shapes.gpt2(1, 24, 8192), tmp_path).to(ranks.device)
+    generator, parted = torch.Generator().manual_seed(0), 0
+    queries = torch.randint(2, 8192, (B, P), generator=generator).to(ranks.device)
+    uniforms, mask = torch.rand(B, R, generator=generator).to(ranks.device), torch.ones_like(queries, dtype=torch.bool)
+    step = torch.compile(ppo_rlhf.decode_step, fullgraph=True, dynamic=True)
+    first, second = (
+        ppo_rlhf.generate(policy, queries, mask, uniforms, 0.7, [8192], 0, step=step)
+        for step in (ppo_rlhf.decode_step, step)
+    )
+    with torch.no_grad():
+        for row in (first != second).any(1).nonzero().squeeze(1).tolist():
+            t = (first[row] != second[row]).nonzero()[0].item()
+            logits = policy(torch.cat([queries[row], first[row, :t]])[None]).logits[0, -1]
+            borders = torch.softmax(logits.double() / 0.7, -1).cumsum(-1)
+            assert (borders - uniforms[row, t]).abs().min() < 1e-6
+            parted += 1
+    with capsys.disabled():
+        print(f" {parted} of {B} rows of {R} tokens part at a near-tie", end="")
+    assert parted < 26
 
 
 def test_lengths_that_change_late_compile_nothing(runs, tmp_path, monkeypatch):

@@ -58,6 +58,20 @@ BUGS = [
         "utils.py",
     ),
     Bug(
+        "a symbolic option breaks the graph of every layer",
+        "Llama hands its attention a number that is symbolic when compiled for all sizes; asked for an attribute, it cannot",
+        "test_one_graph_for_all_lengths[llama]",
+        {"torch.is_tensor(x) and x.ndim > 2": 'getattr(x, "ndim", 0) > 2'},
+        "utils.py",
+    ),
+    Bug(
+        "attention by cuDNN",
+        "the default of torch 2.13 on H100 and H200, whose gradients are NaN at some lengths",
+        "test_attention_is_not_cudnns",
+        {", torch.backends.cuda.enable_cudnn_sdp(False)": ""},
+        "utils.py",
+    ),
+    Bug(
         "grouped keys repeated in every step",
         "the library packs queries of a group only where it is not compiled: a step copies the cache, once per head",
         "test_a_compiled_step_repeats_no_key_of_grouped_queries",
@@ -107,20 +121,20 @@ BUGS = [
     Bug(
         "temperature missing in the policy",
         "sampling at T and scoring at 1 makes the loss that of another policy",
-        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",
+        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient[gpt2-False]",
         {"token_logprobs(logits, input_ids[:, -response_length:], temperature)":
          "token_logprobs(logits, input_ids[:, -response_length:], 1.0)"},
     ),
     Bug(
         "temperature missing in the training forward",
         "old log-probs at T, new ones at 1: ratios start away from 1",
-        "test_first_step_is_the_policy_gradient",
+        "test_first_step_is_the_policy_gradient[gpt2-False]",
         {"new = train_model(ids, attention, longest, args.temperature,": "new = train_model(ids, attention, longest, 1.0,"},
     ),
     Bug(
         "temperature missing in the reference",
         "a KL that is not 0 between equal models",
-        "test_first_step_is_the_policy_gradient test_logged_statistics_are_those_of_the_real_tokens",
+        "test_first_step_is_the_policy_gradient[gpt2-False] test_logged_statistics_are_those_of_the_real_tokens",
         {"frozen(ids, attention, longest, args.temperature,": "frozen(ids, attention, longest, 1.0,"},
     ),
     Bug(
@@ -133,13 +147,13 @@ BUGS = [
     Bug(
         "slice off by one",
         "logits at a token instead of before it score the token that follows",
-        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient",
+        "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient[gpt2-False]",
         {"torch.arange(-response_length - 1, -1, device": "torch.arange(-response_length, 0, device"},
     ),
     Bug(
         "no position ids in the forward",
         "transformers then counts the left padding as positions: wrong for GPT-2 (the TL;DR reproduction, TRL)",
-        "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient",
+        "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient[gpt2-False]",
         {'inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), ': "inputs |= {"},
     ),
     Bug(
@@ -310,7 +324,7 @@ BUGS = [
     Bug(
         "unmasked whitening",
         "trlX's moments count the padding",
-        "test_first_loss_of_a_zero_critic test_first_step_is_the_policy_gradient",
+        "test_first_loss_of_a_zero_critic test_first_step_is_the_policy_gradient[gpt2-False]",
         {"advantages = whiten(advantages, mask)": "advantages = whiten(advantages, torch.ones_like(mask))"},
     ),
     Bug(
@@ -323,14 +337,14 @@ BUGS = [
     Bug(
         "returns from whitened advantages",
         "whitened before the values are added, so the critic learns returns of another scale",
-        "test_first_loss_of_a_zero_critic test_first_value_loss_of_a_reward_model",
+        "test_first_loss_of_a_zero_critic test_first_value_loss_of_a_reward_model[False]",
         {"advantages = whiten(advantages, mask)":
          "advantages = whiten(advantages, mask)\n        returns = advantages + values"},
     ),
     Bug(
         "bootstrap from behind the EOS",
         "the critic's value at a pad enters the last real token's advantage",
-        "test_gae_is_the_weighted_mean_of_k_step_estimates test_first_value_loss_of_a_reward_model",
+        "test_gae_is_the_weighted_mean_of_k_step_estimates test_first_value_loss_of_a_reward_model[False]",
         {"torch.where(mask, values, 0.0)\n    deltas": "values\n    deltas"},
     ),
     Bug(
@@ -378,7 +392,7 @@ BUGS = [
     Bug(
         "gamma and lam swapped",
         "two floats side by side, of which one is 1 by default",
-        "test_first_value_loss_of_a_reward_model",
+        "test_first_value_loss_of_a_reward_model[False]",
         {"mask, args.gamma, args.lam)": "mask, args.lam, args.gamma)"},
     ),
     Bug(

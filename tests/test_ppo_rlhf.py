@@ -521,6 +521,21 @@ def test_dropping_rows_compiles_twice(gpt2_folder):
     assert len(left) >= 10 and counter.frame_count == 2
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_one_graph_for_all_lengths(kind, request):
+    """Policy and critic, traced for all sizes: nothing breaks the graph, and no length traces it anew."""
+    utils.init_ranks()
+    policy = utils.load_pretrained(AutoModelForCausalLM, request.getfixturevalue(f"{kind}_folder"))[0]
+    critic = utils.load_pretrained(
+        AutoModelForSequenceClassification, request.getfixturevalue(f"{kind}_rm_folder"), num_labels=1
+    )[0]
+    counter = CompileCounter()
+    model = torch.compile(ActorCritic(policy, critic), backend=counter, dynamic=True)
+    for B, R in ((5, 16), (4, 8), (3, 4)):
+        model(torch.full((B, 6 + R), 2), torch.ones(B, 6 + R, dtype=torch.bool), R, 0.7, torch.zeros(31))
+    assert counter.frame_count == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 

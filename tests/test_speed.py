@@ -21,6 +21,7 @@ from utils import UserError, launch, load_rows
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import contender as processes
 import floors
 import memory
 import scaling
@@ -288,23 +289,50 @@ def test_decoding_against_transformers_with_geometric_lengths(capsys):
     assert "ours eager fp32 is " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m", "llama-1b", "opt-1.3b"])
-def test_the_shapes_for_a_gpu_run_in_small(name, monkeypatch, capsys):
-    """Their commands in docs/speed.md, with the families, the pairs of policy and critic and the bf16 of the real ones."""
+@pytest.mark.parametrize(("name", "engine"), [("gpt2-124m", "eager"), ("llama-1b", "eager"), ("opt-1.3b", "compiled")])
+def test_the_shapes_for_a_gpu_run_in_small(name, engine, monkeypatch, capsys):
+    """Their commands in docs/speed.md but for TRL, with the families, the pairs of policy and critic and the bf16 of the
+    real ones; two of the three PPO updates without compiling, which takes minutes."""
     small = {"gpt2-124m": ("gpt2", "gpt2"), "llama-1b": ("llama", "llama"), "opt-1.3b": ("opt", "opt-projected")}[name]
     policy, critic = (TINY[kind] for kind in small)
     real = shapes.preset(name)
     assert (type(policy), type(critic)) == (type(real.policy), type(real.critic))
     monkeypatch.setattr(speed, "preset", lambda name: replace(real, policy=policy, critic=critic))
     options = SMALL | {"presets": (name,), "dtypes": ("bf16",), "repeats": 1, "micro_batch_size": 2, "fresh": True}
-    speed.main(
-        speed.Args(**options | {"parts": ("decode",), "lengths": ("full",), "engines": ("peer", "eager", "floor")})
-    )
-    speed.main(speed.Args(**options | {"parts": ("ppo",), "engines": ("eager", "floor")}))
+    decode = options | {"parts": ("decode",), "lengths": ("full",), "engines": ("peer", "compiled", "floor")}
+    speed.main(speed.Args(**decode))
+    speed.main(speed.Args(**options | {"parts": ("ppo",), "engines": (engine, "floor")}))
     out = capsys.readouterr().out
-    assert "ours eager bf16 is " in out and "x as fast as generate bf16 [" in out
-    assert "ours eager bf16 over its floor: rollout " in out and ", update " in out
+    assert "ours compiled bf16 is " in out and "x as fast as generate bf16 [" in out
+    assert f"ours {engine} bf16 over its floor: rollout " in out and ", update " in out
     assert out.count("tokens/s") == 2
+
+
+def test_the_floor_on_a_gpu_is_taken_from_speeds_measured_in_each_turn(tmp_path, monkeypatch):
+    folder = str(tmp_path / "model")
+    TINY["gpt2"].save_pretrained(folder)
+    monkeypatch.setattr(processes, "init_ranks", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    speeds = iter([1000.0, 100.0, 500.0, 100.0])
+    monkeypatch.setattr(floors, "peak_flops", lambda dtype: next(speeds))
+    monkeypatch.setattr(floors, "bandwidth", lambda: next(speeds))
+    seen = []
+
+    class Turns:
+        def step_done(self, **seconds):
+            seen.append(seconds)
+            if len(seen) == 2:
+                raise InterruptedError
+
+    job = {"policy": folder, "critic": folder, "batch": 2, "prompt": 3, "response": 4, "epochs": 1}
+    with pytest.raises(InterruptedError):
+        processes.run_floor(job | {"part": "ppo", "dtype": "bf16"}, Turns())
+    model = floors.model_shape(TINY["gpt2"])
+    work = floors.phases(model, model, "ppo", 2, 3, 4)
+    prefill = floors.product_flops(work["rollout"][0][0]) / 1000
+    assert seen[0]["rollout"] == pytest.approx(prefill + floors.decode_bytes(model, 2, 3, 4, 2) / 100)
+    assert seen[0]["update"] == pytest.approx(floors.phase_flops(work["update"]) / 1000)
+    assert seen[1]["update"] == pytest.approx(2 * seen[0]["update"])
 
 
 def test_the_trainers_run_anew_in_each_round_and_on_two_ranks(capsys):

@@ -604,6 +604,13 @@ def test_causal_attention_reads_a_cache_whole(tmp_path):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_is_not_cudnns():
+    """Its gradients are NaN with a mask at some lengths on H100 and H200 under torch 2.13 (pytorch issue 196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    utils.init_ranks()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="older transformers repeat the keys")
 def test_a_compiled_step_repeats_no_key_of_grouped_queries(tmp_path):
     """With torch's attention, which CUDA uses: it gets the cache as it lies, and the tokens are those of plain attention."""
