@@ -802,8 +802,7 @@ def test_logged_statistics_are_those_of_the_real_tokens(settings, tmp_path, gpt2
     assert line["policy/approxkl_avg"] < 1e-9 and line["policy/clipfrac_avg"] == 0
 
 
-@pytest.mark.parametrize("compiled", [False, True], indirect=True)
-def test_first_value_loss_of_a_reward_model(settings, tmp_path, gpt2_folder, gpt2_rm_folder, compiled):
+def test_first_value_loss_of_a_reward_model(settings, tmp_path, gpt2_folder, gpt2_rm_folder):
     """Values that are not 0, and gamma and lam apart: the value loss is half the mean square of GAE's estimates."""
     folder = run(settings(tmp_path / "run", None, reward_model=gpt2_rm_folder, gamma=0.9, lam=0.5))
     critic = AutoModelForSequenceClassification.from_pretrained(gpt2_rm_folder, num_labels=1)
