@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
 from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress, save_pretrained
@@ -123,13 +124,14 @@ def predicting(response_length, device):
     return torch.arange(-response_length - 1, -1, device=device)
 
 
-def response_logits(policy, input_ids, attention_mask, response_length, bias, hidden=False):
-    """Logits (B,R,V) that predict the response's tokens, plus `logit_bias` (V,); and, if asked, the head's inputs (B,R,d)."""
-    keep = predicting(response_length, input_ids.device)
-    inputs = {"attention_mask": attention_mask.long(), "logits_to_keep": keep, "use_cache": False}
-    inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), "output_hidden_states": hidden}
-    outputs = policy(input_ids.masked_fill(attention_mask == 0, 0), **inputs)
-    return outputs.logits + bias, outputs.hidden_states[-1][:, keep] if hidden else None
+def response_logits(policy, input_ids, attention_mask, response_length):
+    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the head's inputs (B,R,d)."""
+    hidden, mask = [], attention_mask.long()
+    hook = policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    logits = policy(input_ids * mask, logits_to_keep=predicting(response_length, mask.device), **inputs).logits
+    hook.remove()
+    return logits, hidden[0]
 
 
 def score_head(model, hidden):
@@ -158,18 +160,17 @@ class ActorCritic(torch.nn.Module):
 
     def __init__(self, policy, critic, entropy_coef=1.0):
         super().__init__()
-        self.policy, self.critic, self.entropy_coef = policy, critic, entropy_coef
+        self.policy, self.critic, self.has_bonus, self.logprobs = policy, critic, entropy_coef != 0, token_logprobs
 
     def forward(self, input_ids, attention_mask, response_length, temperature, bias):
         """logprobs, entropy, values of the response's tokens, each (B,R); without a critic logprobs, the tensor, alone."""
-        shared = self.critic is not None and self.critic.base_model is self.policy.base_model
-        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length, bias, shared)
-        logprobs, entropy = token_logprobs(logits, input_ids[:, -response_length:], temperature)
+        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length)
+        logprobs, entropy = self.logprobs(logits, input_ids[:, -response_length:], temperature, bias, self.has_bonus)
         if self.critic is None:
             return logprobs
-        if not shared:
+        if self.critic.base_model is not self.policy.base_model:
             hidden = last_hidden(self.critic, input_ids, attention_mask)[:, predicting(response_length, logits.device)]
-        return logprobs, entropy if self.entropy_coef else entropy.detach(), score_head(self.critic, hidden)
+        return logprobs, entropy, score_head(self.critic, hidden)
 
 
 def logit_bias(policy, tokenizer):
@@ -244,15 +245,15 @@ def response_mask(responses, stop_ids, min_length=0):
     return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
-def token_logprobs(logits, tokens, temperature):
-    """Log-probability of each token and entropy of each distribution softmax(logits / T), both (B,R), in nats and fp32;
-    logits (B,R,V), of which some may be -inf, at the positions that predict the tokens (B,R)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def token_logprobs(logits, tokens, temperature, bias=0.0, entropy_grad=True):
+    """Log-probability of each token and entropy of each distribution softmax((logits + bias) / T), both (B,R), in nats and
+    fp32; logits (B,R,V), of which some may be -inf, at the positions that predict the tokens (B,R)."""
+    logits = (logits + bias).to(torch.promote_types(logits.dtype, torch.float32))
     logits = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
     said = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]  # a gather whose backward fuses
     total = (weights := logits.exp()).sum(-1)
     entropy = total.log() - (weights * logits.clamp(min=-1e30)).sum(-1) / total  # 0 times infinity is NaN
-    return torch.where(said, logits, 0.0).sum(-1) - total.log(), entropy
+    return torch.where(said, logits, 0.0).sum(-1) - total.log(), entropy if entropy_grad else entropy.detach()
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
@@ -470,16 +471,19 @@ def main(args):
     check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
-    actor_critic = ActorCritic(policy, critic, args.entropy_coef)
-    train_model = wrap(actor_critic, ranks, args.compile, dynamic=True)  # one graph for micro-batches of all lengths
+    actor_critic, frozen = (ActorCritic(*x, args.entropy_coef) for x in ((policy, critic), (reference, None)))
+    train_model = wrap(actor_critic, ranks)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    sampler = policy if args.precision == "fp32" else copy.deepcopy(policy).requires_grad_(False)
-    for parameter in sampler.parameters() if sampler is not policy else ():  # buffers (rotary frequencies) stay fp32
-        parameter.data = parameter.data.bfloat16()  # in storage that never moves
-    compiled = torch.compile if args.compile else lambda function, **_: function
-    frozen, score = (compiled(f, dynamic=True) for f in (ActorCritic(reference, None), last_token_scores))
-    options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    step = compiled(decode_step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay, rows leave
+    sampler = copy.deepcopy(policy).requires_grad_(False)  # of the policy's own weights, or of a bf16 copy of them,
+    for own, parameter in zip(sampler.parameters(), policy.parameters()):  # whose storage never moves
+        own.data = parameter.data if args.precision == "fp32" else own.data.bfloat16()  # rotary buffers stay fp32
+    step, models = decode_step, torch.nn.ModuleList(filter(None, (actor_critic, reference, reward_model)))
+    if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
+        options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay
+        torch._dynamo.config.recompile_limit = 64  # graphs of one function, which all layers are
+        [x.compile(dynamic=True) for x in models.modules() if isinstance(x, GradientCheckpointingLayer)]
+        actor_critic.logprobs = frozen.logprobs = torch.compile(token_logprobs, dynamic=True)
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine, size = slice(ranks.rank * B, (ranks.rank + 1) * B), args.micro_batch_size
     stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
@@ -502,12 +506,11 @@ def main(args):
         order = prompt_order(len(prompts), (update - 1) * args.batch_size, args.batch_size, args.seed)[mine]
         queries, query_mask = left_pad([prompts[i][0] for i in order], P, pad_id, device)
         uniforms = torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine].to(device)
-        if sampler is not policy:
+        if args.precision == "bf16":
             torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in policy.parameters()])
         responses = generate(sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, **sampling)
         mask = response_mask(responses, stop_ids, args.min_length)
         input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-
         # 2. score: rows of similar length together, cut behind their longest at a multiple of 8
         sampled, parts, tokens = clock(device), [], mask.sum(1).cpu()
         for part in (by_length := tokens.argsort(stable=True)).split(size):
@@ -516,7 +519,7 @@ def main(args):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 logprobs, _, values = train_model(ids, attention, longest, args.temperature, bias)
                 ref_logprobs = frozen(ids, attention, longest, args.temperature, bias)
-                scores = score(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
+                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
             parts.append((*(F.pad(x, (0, R - longest)) for x in (logprobs, values, ref_logprobs)), scores))
         logprobs, values, ref_logprobs, scores = (torch.cat(x)[by_length.argsort()] for x in zip(*parts))
         rows = [prompts[i][1] for i in order]
@@ -528,12 +531,10 @@ def main(args):
         scores = scores.clamp(-cap, cap).where(judged, 0.0 if missing == "none" else missing)
         rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
         scored, steps = clock(device), 0
-
         # 3. advantages
         rewards = whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
         advantages, returns = compute_gae(rewards, values, mask, args.gamma, args.lam)
         advantages = whiten(advantages, mask)
-
         # 4. update: every rank holds the global batch and takes its share of each minibatch
         batch = [all_gather(x) for x in (input_ids, attention_mask, logprobs, values, advantages, returns, mask)]
         optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
@@ -565,16 +566,15 @@ def main(args):
         updated = clock(device)
         if steps == 0:
             raise UserError(f"update {update}: no finite gradient, or no ratio in 0.1 .. 10: lower --lr or see scores")
-
         # log
         log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
         kl, k3 = log_ratio.sum(1), torch.exp(-log_ratio) - 1 + log_ratio
         penalty, entropy = -controller.kl_coef * kl, -torch.where(mask, logprobs, 0.0).sum(1)
         stats = {"objective/kl": kl, "objective/kl_k3": k3.sum(1), "objective/entropy": entropy, "val/has_eos": has_eos}
         stats |= {"objective/scores": scores, "objective/raw_scores": raw_scores, "val/sequence_lengths": mask.sum(1)}
-        means.add(stats | {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty})
         if monitor_fn:
-            means.add({f"monitor/{monitor_fn.__name__}": call_reward_fn(monitor_fn, rows, texts, device)})
+            stats[f"monitor/{monitor_fn.__name__}"] = call_reward_fn(monitor_fn, rows, texts, device)
+        means.add(stats | {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty})
         means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
         spread = [masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns)]
         means.add({"val/explained_var": (1 - spread[0] / spread[1].clamp(min=1e-8)) * (spread[1] > 1e-8)})

@@ -51,13 +51,13 @@ def init_ranks():
     return Ranks(*(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1), device)
 
 
-def wrap(module, ranks, compiled, dynamic=None):
-    """The module that the loss goes through: compiled if asked (dynamic: for all sizes), gradients averaged over ranks."""
+def wrap(module, ranks, compiled=False):
+    """The module that the loss goes through: compiled if asked, gradients averaged over ranks."""
     if compiled:  # the gradient of an embedding by torch's own kernel: the compiler's adds up in no fixed order
         op, torch.compiler.config.cache_key_tag = torch.ops.aten.embedding_dense_backward, "no graph of other settings"
         importlib.import_module("torch._inductor.lowering").make_fallback(op, warn=False)
         torch._inductor.decomposition.select_decomp_table().pop(op.default, None)
-        module = torch.compile(module, dynamic=dynamic)
+        module = torch.compile(module)
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 

@@ -265,14 +265,14 @@ def sample(policies, scorers, prompts, uniforms, temperature, tokenizer, args, r
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
             scores = {key: scorer(rows, texts, input_ids, attention_mask).tolist() for key, scorer in scorers.items()}
             if reference is not None:
-                ref_logits, _ = response_logits(reference, input_ids, attention_mask, R, ref_bias)
+                ref_logits = response_logits(reference, input_ids, attention_mask, R)[0] + ref_bias
                 nll = -token_logprobs(ref_logits, responses, 1.0)[0]
                 columns["nll"] = torch.where(mask, nll, 0.0).sum(1).tolist()
             if reference is not None and temperature > 0:
                 if is_steered:  # the temperature is inside already
                     logits = policy.response_logits(input_ids, attention_mask, R, bias, temperature)
                 else:
-                    logits, _ = response_logits(policy, input_ids, attention_mask, R, bias)
+                    logits = response_logits(policy, input_ids, attention_mask, R)[0] + bias
                 logprobs, _ = token_logprobs(logits, responses, 1.0 if is_steered else temperature)
                 ref_logprobs, _ = token_logprobs(ref_logits, responses, temperature)
                 columns["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).tolist()

@@ -70,10 +70,11 @@ def build_config(kind, tokenizer, **options):
         "pad_token_id": tokenizer.pad_token_id,
     }
     if kind == "gpt2":
-        return GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, **ids, **options)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **options}
+        return GPT2Config(initializer_range=0.2, **sizes, **ids)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options = {"num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **options}
-    return LlamaConfig(initializer_range=0.2, **sizes, **ids, **options)
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **options}
+    return LlamaConfig(initializer_range=0.2, **sizes, **ids)
 
 
 CLASSES = {

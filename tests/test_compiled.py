@@ -16,9 +16,9 @@ import ppo_rlhf
 import reward_model
 import sft
 import shapes
-from conftest import write_jsonl
+from conftest import build_folder, write_jsonl
 from turns import CompileWatch
-from utils import init_ranks, load_pretrained, wrap
+from utils import init_ranks, load_pretrained
 
 LETTERS = "abcdefghijklmnop"
 TEXTS = [
@@ -33,8 +33,7 @@ def fresh():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def runs(tmp_path, gpt2_folder, llama_rm_folder):
+def short_runs(tmp_path, gpt2_folder, llama_rm_folder):
     """{script: (module, flags)} of three short runs whose batches have unequal lengths."""
     rows = [{"prompt": a, "completion": b, "chosen": b, "rejected": c} for a, b, c in TEXTS]
     sizes = {"dataset": write_jsonl(tmp_path / "rows.jsonl", rows), "batch_size": 8, "micro_batch_size": 4}
@@ -52,6 +51,14 @@ def runs(tmp_path, gpt2_folder, llama_rm_folder):
     }
 
 
+@pytest.fixture
+def runs(tmp_path, tokenizer):
+    """`short_runs` with models of one layer, for a layer more compiles for minutes and says nothing new."""
+    policy = build_folder(tmp_path / "gpt2", "gpt2", "lm", tokenizer, seed=1, n_layer=1)
+    scorer = build_folder(tmp_path / "llama_rm", "llama", "rm", tokenizer, seed=4, num_labels=1, num_hidden_layers=1)
+    return short_runs(tmp_path, policy, scorer)
+
+
 def length_reward(folder):
     """--reward_fn of a function that scores the letters of a response."""
     code = "def length(prompts, responses, **columns):\n    return [len(x) for x in responses]\n"
@@ -60,8 +67,8 @@ def length_reward(folder):
 
 
 @pytest.mark.parametrize("script", ["sft", "reward_model", "ppo_rlhf"])
-def test_compiled_is_eager(script, runs, tmp_path):
-    module, flags = runs[script]
+def test_compiled_is_eager(script, gpt2_folder, llama_rm_folder, tmp_path):
+    module, flags = short_runs(tmp_path, gpt2_folder, llama_rm_folder)[script]
     metrics, weights = [], []
     for compiled in (False, True):
         folder = tmp_path / f"compiled_{compiled}"
@@ -130,39 +137,43 @@ def wide_weights(auto_class, config, folder):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_compiled_logprobs_values_and_loss_are_eager(kind, tmp_path):
-    """Two lengths of rows that are padded on both sides."""
-    ranks = init_ranks()
-    policy = wide_weights(AutoModelForCausalLM, CONFIGS[kind], tmp_path / "policy").to(ranks.device)
-    critic = wide_weights(AutoModelForSequenceClassification, CONFIGS[kind], tmp_path / "critic").to(ranks.device)
-    eager = ppo_rlhf.ActorCritic(policy, critic)
-    compiled, args = wrap(eager, ranks, compiled=True, dynamic=True), ppo_rlhf.Args()
-    bias = torch.zeros(64, device=ranks.device)
+def test_compiled_logprobs_values_and_loss_are_eager(kind, runs, tokenizer, tmp_path, monkeypatch):
+    """Two lengths of rows that are padded on both sides, by the very module that main has compiled."""
+    for auto_class, name in ((AutoModelForCausalLM, "policy"), (AutoModelForSequenceClassification, "critic")):
+        wide_weights(auto_class, CONFIGS[kind], tmp_path / name).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    kept, wrap = [], ppo_rlhf.wrap
+    monkeypatch.setattr(ppo_rlhf, "wrap", lambda module, ranks: kept.append(module) or wrap(module, ranks))
+    flags = runs["ppo_rlhf"][1] | {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "critic")}
+    flags |= {"total_episodes": 8, "num_epochs": 1, "compile": True, "output_dir": str(tmp_path / "run")}
+    ppo_rlhf.main(ppo_rlhf.Args(**flags))
+    [model], args, watch = kept, ppo_rlhf.Args(), CompileWatch()
+    parameters = [x for x in model.parameters() if x.requires_grad]
     for B, P, R in ((5, 6, 16), (4, 6, 8)):
         generator = torch.Generator().manual_seed(R)
-        ids = torch.randint(2, 64, (B, P + R), generator=generator).to(ranks.device)
+        ids = torch.randint(2, 31, (B, P + R), generator=generator)
         mask = (torch.arange(P + R) >= torch.arange(B)[:, None]) & (
             torch.arange(P + R) < P + R - torch.arange(B)[:, None]
         )
-        mask = mask.to(ranks.device)
         answers, losses, grads = [], [], []
-        for model in (eager, compiled):
-            outputs = model(ids, mask, R, 0.7, bias)
+        for stance in ("force_eager", "fail_on_recompile"):
+            with torch.compiler.set_stance(stance):
+                outputs = model(ids, mask, R, 1.0, torch.zeros(64))
             old = [x.detach() + 0.1 for x in (outputs[0], outputs[2])]
-            advantages, returns = torch.randn(2, B, R, generator=generator.manual_seed(1)).to(ranks.device)
+            advantages, returns = torch.randn(2, B, R, generator=generator.manual_seed(1))
             loss, _ = ppo_rlhf.ppo_loss(*outputs, *old, advantages, returns, mask[:, P:], args)
             answers.append([torch.where(mask[:, P:], x, 0) for x in outputs])
             losses.append(loss / mask[:, P:].sum())
-            grads.append(
-                torch.autograd.grad(losses[-1], [x for x in eager.parameters() if x.requires_grad], allow_unused=True)
-            )
+            grads.append(torch.autograd.grad(losses[-1], parameters, allow_unused=True))
         for ours, theirs in zip(*answers, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert not torch.equal(answers[0][0], answers[1][0])  # two computations, not one twice
         assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-4)
         for ours, theirs in zip(*grads, strict=True):
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert watch.count == 0
 
 
 def test_compiled_tokens_are_eager_but_for_near_ties(tmp_path, capsys):

@@ -60,7 +60,7 @@ BUGS = [
     Bug(
         "a symbolic option breaks the graph of every layer",
         "Llama hands its attention a number that is symbolic when compiled for all sizes; asked for an attribute, it cannot",
-        "test_one_graph_for_all_lengths[llama]",
+        "test_layers_share_a_graph_for_all_lengths[llama]",
         {"torch.is_tensor(x) and x.ndim > 2": 'getattr(x, "ndim", 0) > 2'},
         "utils.py",
     ),
@@ -122,8 +122,8 @@ BUGS = [
         "temperature missing in the policy",
         "sampling at T and scoring at 1 makes the loss that of another policy",
         "test_actor_critic_against_rows_without_padding test_first_step_is_the_policy_gradient[gpt2-False]",
-        {"token_logprobs(logits, input_ids[:, -response_length:], temperature)":
-         "token_logprobs(logits, input_ids[:, -response_length:], 1.0)"},
+        {"self.logprobs(logits, input_ids[:, -response_length:], temperature,":
+         "self.logprobs(logits, input_ids[:, -response_length:], 1.0,"},
     ),
     Bug(
         "temperature missing in the training forward",
@@ -154,7 +154,7 @@ BUGS = [
         "no position ids in the forward",
         "transformers then counts the left padding as positions: wrong for GPT-2 (the TL;DR reproduction, TRL)",
         "test_actor_critic_does_not_see_padding[gpt2] test_first_step_is_the_policy_gradient[gpt2-False]",
-        {'inputs |= {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0), ': "inputs |= {"},
+        {'"position_ids": (mask.cumsum(1) - 1).clamp(min=0), ': ""},
     ),
     Bug(
         "positions of the padding in sampling",
@@ -166,13 +166,13 @@ BUGS = [
         "unused ids kept by the scorer",
         "the sampler masks ids that policy and reference give probability: two supports, a biased ratio and KL",
         "test_the_reference_starts_at_no_distance test_actor_critic_against_rows_without_padding",
-        {"outputs.logits + bias": "outputs.logits"},
+        {"(logits + bias).to(": "logits.to("},
     ),
     Bug(
         "log-softmax in bf16",
         "rounding alone then moves the ratio by percents",
         "test_token_logprobs_are_fp32_from_bf16",
-        {"logits = logits.to(torch.promote_types(logits.dtype, torch.float32))": "logits = logits"},
+        {"logits = (logits + bias).to(torch.promote_types(logits.dtype, torch.float32))": "logits = logits + bias"},
     ),
     Bug(
         "reference not frozen",
@@ -247,8 +247,15 @@ BUGS = [
     Bug(
         "sampling from a stale copy",
         "RL4LMs rebinds its lagged model and the sampler keeps the old object",
-        "test_the_sampler_in_bf16_is_the_policy_of_the_moment",
-        {"if sampler is not policy:": "if sampler is not policy and update == 1:"},
+        "test_the_sampler_is_the_policy_of_the_moment[bf16]",
+        {'if args.precision == "bf16":': 'if args.precision == "bf16" and update == 1:'},
+    ),
+    Bug(
+        "sampling from a copy that is never renewed",
+        "what shares the policy's storage needs no copying, and what does not share it stays at the start",
+        "test_the_sampler_is_the_policy_of_the_moment[fp32]",
+        {'own.data = parameter.data if args.precision == "fp32" else own.data.bfloat16()':
+         'own.data = own.data if args.precision == "fp32" else own.data.bfloat16()'},
     ),
     Bug(
         "queries cut at the response length",
@@ -417,7 +424,7 @@ BUGS = [
         "the reward model reads whole rows",
         "right, and up to twice the work",
         "test_scoring_and_update_compute_little_padding",
-        {"score(reward_model, ids, attention)": "score(reward_model, input_ids[part], attention_mask[part])"},
+        {"last_token_scores(reward_model, ids, attention)": "last_token_scores(reward_model, input_ids[part], attention_mask[part])"},
     ),
     Bug(
         "scored rows cut behind their shortest",

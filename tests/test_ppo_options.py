@@ -83,7 +83,7 @@ def test_shared_trunk_is_one_trunk(model_folder, llama_rm_folder):
         torch.testing.assert_close(shared, separate, atol=1e-5, rtol=1e-5)
     hidden = last_hidden(critic, ids, mask)[:, predicting(5, ids.device)]
     torch.testing.assert_close(both[0][2], score_head(critic, hidden), atol=1e-5, rtol=1e-5)
-    logits, states = response_logits(policy, ids, mask, 5, bias, hidden=True)
+    logits, states = response_logits(policy, ids, mask, 5)
     torch.testing.assert_close(policy.get_output_embeddings()(states), logits, atol=1e-5, rtol=1e-5)
 
 
@@ -430,9 +430,10 @@ def test_ids_that_no_token_has_are_never_sampled_nor_scored(settings, tmp_path, 
     policy.resize_token_embeddings(40)
     for part in (policy, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    calls = recorded("response_logits", settings(tmp_path / "run", model=str(tmp_path / "model")))
-    (_, input_ids, attention_mask, *_), (logits, _) = calls[0]
-    assert input_ids[attention_mask].max() < len(tokenizer) == 31
+    calls = recorded("token_logprobs", settings(tmp_path / "run", model=str(tmp_path / "model")))
+    (logits, tokens, _, bias, _), _ = calls[0]
+    assert tokens.max() < len(tokenizer) == 31
+    logits = logits + bias
     forbidden = torch.tensor([i == 0 or i >= 31 for i in range(40)])
     assert (logits[..., forbidden] == -math.inf).all() and logits[..., ~forbidden].isfinite().all()
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refuses, write_jsonl
+from conftest import build_folder, refuses, write_jsonl
 from test_ppo_rlhf import gae_by_sums
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo_rlhf
+import utils
 from utils import Ranks, UserError
 
 PROMPTS = ["a", "bc", "def", "ghij", "klmno", "pq", "r", "stu", "vwxyzab", "cd", "ef", "ghi"]
@@ -483,6 +485,32 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
         assert first.max() <= second.min()
 
 
+@pytest.mark.parametrize(
+    ("kind", "depth", "trunk"),
+    [("gpt2", "n_layer", "separate"), ("llama", "num_hidden_layers", "shared")],
+    ids=["gpt2", "llama"],
+)
+def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, tokenizer, kind, depth, trunk):
+    """As many graphs with three layers as with one: of a layer without a gradient, trained or frozen, and with one; of the
+    log-probabilities without and with; of the prefill and of a decoding step."""
+    utils.init_ranks()  # tells the compiler that sizes which are equal by chance are not one
+    compile_ = torch.compile
+    for layers in (1, 3):
+        torch.compiler.reset()
+        counter = CompileCounter()
+
+        def counting(function, dynamic=None, fullgraph=False, options=None, counter=counter):
+            return compile_(function, dynamic=dynamic, fullgraph=fullgraph, backend=counter)
+
+        monkeypatch.setattr(torch, "compile", counting)
+        model = build_folder(tmp_path / f"model_{layers}", kind, "lm", tokenizer, seed=1, **{depth: layers})
+        flags = {"model": model, "compile": True, "updates": 3, "micro_batch_size": 6, "stop_token": "abcdef"}
+        folder = run(settings(tmp_path / f"run_{layers}", value_trunk=trunk, **flags))
+        lengths = [line["val/sequence_lengths"] for line in lines(folder)]
+        assert len(set(lengths)) == 3 and max(lengths) < 16
+        assert counter.frame_count == 7
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks, request, kind):
     """Every metric of a line is the same claim, however the work is cut."""
@@ -862,8 +890,10 @@ def test_kl_coefficient_on_two_ranks_follows_the_kl_of_both(settings, tmp_path, 
         assert line["objective/non_score_reward"] == pytest.approx(-line["kl_coef"] * line["objective/kl"], rel=1e-5)
 
 
-def test_the_sampler_in_bf16_is_the_policy_of_the_moment(settings, tmp_path, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sampler_is_the_policy_of_the_moment(settings, tmp_path, monkeypatch, precision):
+    """Whose weights it shares, or whose rounded copy it is."""
+    seen, dtype = [], torch.bfloat16 if precision == "bf16" else torch.float32
 
     def spy(model, *inputs, **options):
         seen.append({name: parameter.clone() for name, parameter in model.named_parameters()})
@@ -871,10 +901,10 @@ def test_the_sampler_in_bf16_is_the_policy_of_the_moment(settings, tmp_path, mon
 
     generate = ppo_rlhf.generate
     monkeypatch.setattr(ppo_rlhf, "generate", spy)
-    folder = run(settings(tmp_path / "run", precision="bf16", lr=1e-2, updates=2, save_every=1))
+    folder = run(settings(tmp_path / "run", precision=precision, lr=1e-2, updates=2, save_every=1))
     state = torch.load(folder / "checkpoints" / "step_000001.pt", weights_only=True)["model"]
     first, second = seen
-    assert same_weights(second, {name: state[f"policy.{name}"].bfloat16() for name in second})
+    assert same_weights(second, {name: state[f"policy.{name}"].to(dtype) for name in second})
     assert not same_weights(first, second)
 
 
