@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import masking_utils, modeling_layers
 
 from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
 from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress, save_pretrained
@@ -109,7 +109,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"
     """what forwards, backwards and sampling compute in; weights and optimizer, softmax and scalar head stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile every forward and the decoding step"""
+    """torch.compile every layer, the log-probabilities and the decoding step"""
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: none"""
     resume: str | None = None
@@ -125,12 +125,11 @@ def predicting(response_length, device):
 
 
 def response_logits(policy, input_ids, attention_mask, response_length):
-    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the head's inputs (B,R,d)."""
-    hidden, mask = [], attention_mask.long()
-    hook = policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the states (B,R,d) below them."""
+    hidden, mask, keep = [], attention_mask.long(), predicting(response_length, input_ids.device)
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
-    logits = policy(input_ids * mask, logits_to_keep=predicting(response_length, mask.device), **inputs).logits
-    hook.remove()
+    with policy.base_model.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[:, keep])):
+        logits = policy(input_ids * mask, logits_to_keep=keep, **inputs).logits
     return logits, hidden[0]
 
 
@@ -481,8 +480,9 @@ def main(args):
     if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
         options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay
-        torch._dynamo.config.recompile_limit = 64  # graphs of one function, which all layers are
-        [x.compile(dynamic=True) for x in models.modules() if isinstance(x, GradientCheckpointingLayer)]
+        masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
+        torch._dynamo.config.recompile_limit = 256  # graphs of one function, which all layers are
+        [x.compile(dynamic=True) for x in models.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
         actor_critic.logprobs = frozen.logprobs = torch.compile(token_logprobs, dynamic=True)
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
     mine, size = slice(ranks.rank * B, (ranks.rank + 1) * B), args.micro_batch_size

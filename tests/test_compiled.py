@@ -33,30 +33,20 @@ def fresh():
     torch.compiler.reset()
 
 
-def short_runs(tmp_path, gpt2_folder, llama_rm_folder):
-    """{script: (module, flags)} of three short runs whose batches have unequal lengths."""
-    rows = [{"prompt": a, "completion": b, "chosen": b, "rejected": c} for a, b, c in TEXTS]
-    sizes = {"dataset": write_jsonl(tmp_path / "rows.jsonl", rows), "batch_size": 8, "micro_batch_size": 4}
-    ppo = {
-        "model": gpt2_folder,
-        "reward_model": llama_rm_folder,
-        "num_epochs": 2,
-        "num_minibatches": 2,
-        "stop_token": "abcdefghij",
-    }
-    return {
-        "sft": (sft, {"model": gpt2_folder, "num_epochs": 1, "log_every": 1, **sizes}),
-        "reward_model": (reward_model, {"model": llama_rm_folder, "num_epochs": 1, "log_every": 1, **sizes}),
-        "ppo_rlhf": (ppo_rlhf, {"total_episodes": 24, "response_length": 20, **ppo, **sizes}),
-    }
-
-
 @pytest.fixture
 def runs(tmp_path, tokenizer):
-    """`short_runs` with models of one layer, for a layer more compiles for minutes and says nothing new."""
+    """{script: (module, flags)} of three short runs whose batches have unequal lengths. One layer: more take longer to
+    compile, and say little more."""
     policy = build_folder(tmp_path / "gpt2", "gpt2", "lm", tokenizer, seed=1, n_layer=1)
     scorer = build_folder(tmp_path / "llama_rm", "llama", "rm", tokenizer, seed=4, num_labels=1, num_hidden_layers=1)
-    return short_runs(tmp_path, policy, scorer)
+    rows = [{"prompt": a, "completion": b, "chosen": b, "rejected": c} for a, b, c in TEXTS]
+    sizes = {"dataset": write_jsonl(tmp_path / "rows.jsonl", rows), "batch_size": 8, "micro_batch_size": 4}
+    ppo = {"model": policy, "reward_model": scorer, "num_epochs": 2, "num_minibatches": 2, "stop_token": "abcdefghij"}
+    return {
+        "sft": (sft, {"model": policy, "num_epochs": 1, "log_every": 1, **sizes}),
+        "reward_model": (reward_model, {"model": scorer, "num_epochs": 1, "log_every": 1, **sizes}),
+        "ppo_rlhf": (ppo_rlhf, {"total_episodes": 24, "response_length": 20, **ppo, **sizes}),
+    }
 
 
 def length_reward(folder):
@@ -67,8 +57,10 @@ def length_reward(folder):
 
 
 @pytest.mark.parametrize("script", ["sft", "reward_model", "ppo_rlhf"])
-def test_compiled_is_eager(script, gpt2_folder, llama_rm_folder, tmp_path):
-    module, flags = short_runs(tmp_path, gpt2_folder, llama_rm_folder)[script]
+def test_compiled_is_eager(script, runs, gpt2_folder, llama_rm_folder, tmp_path):
+    module, flags = runs[script]
+    if script == "ppo_rlhf":  # two layers share a graph, and must not share weights
+        flags |= {"model": gpt2_folder, "reward_model": llama_rm_folder}
     metrics, weights = [], []
     for compiled in (False, True):
         folder = tmp_path / f"compiled_{compiled}"
@@ -145,9 +137,11 @@ def test_compiled_logprobs_values_and_loss_are_eager(kind, runs, tokenizer, tmp_
     kept, wrap = [], ppo_rlhf.wrap
     monkeypatch.setattr(ppo_rlhf, "wrap", lambda module, ranks: kept.append(module) or wrap(module, ranks))
     flags = runs["ppo_rlhf"][1] | {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "critic")}
-    flags |= {"total_episodes": 8, "num_epochs": 1, "compile": True, "output_dir": str(tmp_path / "run")}
-    ppo_rlhf.main(ppo_rlhf.Args(**flags))
-    [model], args, watch = kept, ppo_rlhf.Args(), CompileWatch()
+    flags |= {"total_episodes": 8, "num_epochs": 1, "entropy_coef": 0.1, "temperature": 0.7}
+    args = ppo_rlhf.Args(**flags, compile=True, output_dir=str(tmp_path / "run"))
+    ppo_rlhf.main(args)
+    [model], watch = kept, CompileWatch()
+    bias = ppo_rlhf.logit_bias(model.policy, tokenizer)
     parameters = [x for x in model.parameters() if x.requires_grad]
     for B, P, R in ((5, 6, 16), (4, 6, 8)):
         generator = torch.Generator().manual_seed(R)
@@ -158,7 +152,7 @@ def test_compiled_logprobs_values_and_loss_are_eager(kind, runs, tokenizer, tmp_
         answers, losses, grads = [], [], []
         for stance in ("force_eager", "fail_on_recompile"):
             with torch.compiler.set_stance(stance):
-                outputs = model(ids, mask, R, 1.0, torch.zeros(64))
+                outputs = model(ids, mask, R, 0.7, bias)
             old = [x.detach() + 0.1 for x in (outputs[0], outputs[2])]
             advantages, returns = torch.randn(2, B, R, generator=generator.manual_seed(1))
             loss, _ = ppo_rlhf.ppo_loss(*outputs, *old, advantages, returns, mask[:, P:], args)

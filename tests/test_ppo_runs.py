@@ -16,6 +16,7 @@ from conftest import build_folder, refuses, write_jsonl
 from test_ppo_rlhf import gae_by_sums
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ppo_rlhf
 import utils
@@ -486,17 +487,32 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("kind", "depth", "trunk"),
-    [("gpt2", "n_layer", "separate"), ("llama", "num_hidden_layers", "shared")],
+    ("kind", "attention", "flags"),
+    [("gpt2", "eager", {}), ("llama", "sdpa", {"value_trunk": "shared", "response_length": 9})],
     ids=["gpt2", "llama"],
 )
-def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, tokenizer, kind, depth, trunk):
+def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, tokenizer, kind, attention, flags):
     """As many graphs with three layers as with one: of a layer without a gradient, trained or frozen, and with one; of the
-    log-probabilities without and with; of the prefill and of a decoding step."""
-    utils.init_ranks()  # tells the compiler that sizes which are equal by chance are not one
-    compile_ = torch.compile
+    log-probabilities without and with; of the prefill and of a decoding step. No layer of any model is left out."""
+    compile_, load_models, models = torch.compile, ppo_rlhf.load_models, []
+    depth, is_full = "n_layer" if kind == "gpt2" else "num_hidden_layers", set()
+
+    def kept(*inputs):
+        models[:] = filter(None, load_models(*inputs))
+        for model in models:
+            model.set_attn_implementation(attention)
+            model.base_model.register_forward_pre_hook(masks, with_kwargs=True)
+        return (*models, None)  # no reward model
+
+    def masks(model, inputs, options):
+        if len(options["attention_mask"]) > 1 and not options["use_cache"]:
+            is_full.add(bool(options["attention_mask"].all()))
+
+    monkeypatch.setattr(ppo_rlhf, "load_models", kept)
+    path = write_jsonl(tmp_path / "same.jsonl", [{"prompt": text} for text in ("ab", "cd", "ef", "gh")])
     for layers in (1, 3):
         torch.compiler.reset()
+        utils.init_ranks()  # tells the compiler that sizes which are equal by chance are not one
         counter = CompileCounter()
 
         def counting(function, dynamic=None, fullgraph=False, options=None, counter=counter):
@@ -504,11 +520,13 @@ def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, t
 
         monkeypatch.setattr(torch, "compile", counting)
         model = build_folder(tmp_path / f"model_{layers}", kind, "lm", tokenizer, seed=1, **{depth: layers})
-        flags = {"model": model, "compile": True, "updates": 3, "micro_batch_size": 6, "stop_token": "abcdef"}
-        folder = run(settings(tmp_path / f"run_{layers}", value_trunk=trunk, **flags))
-        lengths = [line["val/sequence_lengths"] for line in lines(folder)]
-        assert len(set(lengths)) == 3 and max(lengths) < 16
+        sizes = {"updates": 3, "batch_size": 32, "micro_batch_size": 4, "stop_token": "ab", "dataset": path}
+        folder = run(settings(tmp_path / f"run_{layers}", model=model, compile=True, **sizes, **flags))
+        assert len({line["val/sequence_lengths"] for line in lines(folder)}) == 3
         assert counter.frame_count == 7
+        found = [x for model in models for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        assert len(found) == 3 * layers and all(x._compiled_call_impl for x in found)
+    assert is_full == {True, False}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -679,16 +679,22 @@ def test_compiled_gradients_of_an_embedding_are_the_same_every_time():
 
 
 def test_compiled_on_cpu_the_logits_are_stored_once():
-    """Storing what takes a few operations, for the mask's sake, must not store another tensor of the logits' size."""
+    """Storing what takes a few operations, for the mask's sake, must not store another tensor of the logits' size: neither
+    for the log-probabilities nor, beside the gradient itself, in their backward."""
     utils.init_ranks()
-    hidden, head, tokens = torch.randn(4, 6, 24, requires_grad=True), torch.randn(4096, 24), torch.arange(24).view(4, 6)
+    logits, tokens = torch.randn(4, 6, 4096, requires_grad=True), torch.arange(24).view(4, 6)
+    inputs = (logits, tokens, 0.7, torch.zeros(4096), False)
 
-    def logprobs(hidden, head, tokens, bias):
-        return ppo_rlhf.token_logprobs(torch.nn.functional.linear(hidden, head) + bias, tokens, 0.7)
+    def gradient(function):
+        return torch.autograd.grad(function(*inputs)[0].sum(), logits)[0]
 
-    result, codes = run_and_get_code(torch.compile(logprobs), hidden, head, tokens, torch.zeros(4096))
-    torch.testing.assert_close(result, logprobs(hidden, head, tokens, torch.zeros(4096)), rtol=1e-5, atol=1e-5)
-    assert len(re.findall(r"empty_strided_cpu\(\((?:24|4, 6), 4096\)", codes[0])) == 1
+    compiled = torch.compile(ppo_rlhf.token_logprobs, dynamic=True)
+    result, codes = run_and_get_code(gradient, compiled)
+    torch.testing.assert_close(result, gradient(ppo_rlhf.token_logprobs), rtol=1e-4, atol=1e-6)
+    sizes = [re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code) for code in codes]
+    assert [
+        sum(len(size.split(",")) == 3 and size.split(",")[2].strip() != "1" for size in found) for found in sizes
+    ] == [0, 1]
 
 
 def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path):
