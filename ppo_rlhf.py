@@ -125,10 +125,10 @@ def predicting(response_length, device):
 
 
 def response_logits(policy, input_ids, attention_mask, response_length):
-    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the states (B,R,d) below them."""
+    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the head's inputs (B,R,d)."""
     hidden, mask, keep = [], attention_mask.long(), predicting(response_length, input_ids.device)
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
-    with policy.base_model.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[:, keep])):
+    with policy.get_output_embeddings().register_forward_pre_hook(lambda _, states: hidden.extend(states)):
         logits = policy(input_ids * mask, logits_to_keep=keep, **inputs).logits
     return logits, hidden[0]
 
