@@ -246,7 +246,7 @@ def response_mask(responses, stop_ids, min_length=0):
 
 def token_logprobs(logits, tokens, temperature, bias=0.0, entropy_grad=True):
     """Log-probability of each token and entropy of each distribution softmax((logits + bias) / T), both (B,R), in nats and
-    fp32; logits (B,R,V), of which some may be -inf, at the positions that predict the tokens (B,R)."""
+    fp32; logits (B,R,V), some perhaps -inf, predict the tokens (B,R); bias (V,). Without entropy_grad the entropy is detached."""
     logits = (logits + bias).to(torch.promote_types(logits.dtype, torch.float32))
     logits = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
     said = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]  # a gather whose backward fuses

@@ -431,9 +431,11 @@ def test_ids_that_no_token_has_are_never_sampled_nor_scored(settings, tmp_path, 
     for part in (policy, tokenizer):
         part.save_pretrained(tmp_path / "model")
     calls = recorded("token_logprobs", settings(tmp_path / "run", model=str(tmp_path / "model")))
-    (logits, tokens, _, bias, _), _ = calls[0]
+    (logits, tokens, temperature, bias, _), (logprobs, _) = calls[0]
     assert tokens.max() < len(tokenizer) == 31
     logits = logits + bias
+    expected = torch.log_softmax(logits / temperature, -1).gather(-1, tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     forbidden = torch.tensor([i == 0 or i >= 31 for i in range(40)])
     assert (logits[..., forbidden] == -math.inf).all() and logits[..., ~forbidden].isfinite().all()
 
