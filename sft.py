@@ -65,6 +65,35 @@ class Args:
     """where metrics go besides metrics.jsonl"""
 
 
+# ---- The model -------------------------------------------------------------------------------------------------------
+class LabelledLogits(torch.nn.Module):
+    """Logits (B,L,V) of the last L = num_logits positions of T, as a module that can be compiled and distributed. The last
+    layer's MLP, which mixes no tokens, computes those L alone (its output is 0 before them). Positions are explicit."""
+
+    kept = None  # (T,L) while a forward runs: outside of it the model is whole
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, layers = model, getattr(model.base_model, "layers", getattr(model.base_model, "h", [None]))
+        if (mlp := getattr(layers[-1], "mlp", None)) is not None:
+            mlp.register_forward_pre_hook(self.take_kept), mlp.register_forward_hook(self.put_kept)
+
+    def take_kept(self, mlp, inputs):
+        if self.kept is not None and len(inputs) == 1 and inputs[0].ndim == 3:  # (B,T,d), no residual beside it
+            return inputs[0][:, self.kept[0] - self.kept[1] :].contiguous()
+
+    def put_kept(self, mlp, inputs, output):
+        if self.kept is not None and isinstance(output, torch.Tensor) and output.shape[1] == self.kept[1]:
+            return F.pad(output, (0, 0, self.kept[0] - self.kept[1], 0))
+
+    def forward(self, input_ids, attention_mask, num_logits):
+        T, inputs = input_ids.shape[1], {"attention_mask": attention_mask, "use_cache": False}
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.kept, keep = (T, num_logits), torch.arange(T - num_logits, T, device=input_ids.device)
+        logits, self.kept = self.model(input_ids, logits_to_keep=keep, **inputs).logits, None
+        return logits
+
+
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
 def token_loss(logits, labels):
     """Summed cross-entropy of the next token, and how many tokens were counted.
@@ -172,13 +201,6 @@ def micro_batches(rows, length, ranks, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def forward(model, input_ids, attention_mask, num_logits):
-    """Logits (B,L,V) of the last L = num_logits positions of T. Positions are always explicit."""
-    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
-    keep = torch.arange(input_ids.shape[1] - num_logits, input_ids.shape[1], device=input_ids.device)
-    return model(input_ids, **inputs, logits_to_keep=keep, use_cache=False).logits
-
-
 @torch.no_grad()
 def held_out_loss(model, rows, args, pad_id, ranks):
     """Mean loss per completion token, in nats, over all rows and ranks."""
@@ -186,7 +208,7 @@ def held_out_loss(model, rows, args, pad_id, ranks):
     for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
         input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-            loss_sum, token_count = token_loss(forward(model, input_ids, attention_mask, labels.shape[1]), labels)
+            loss_sum, token_count = token_loss(model(input_ids, attention_mask, labels.shape[1]), labels)
         means.add({"loss": loss_sum / token_count}, token_count)
     return means.reduce()["loss"]
 
@@ -216,7 +238,8 @@ def main(args):
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.to(ranks.device)
-    train_model, loss_fn = wrap(model, ranks, args.compile), torch.compile(token_loss) if args.compile else token_loss
+    labelled, loss_fn = LabelledLogits(model), torch.compile(token_loss) if args.compile else token_loss
+    train_model = wrap(labelled, ranks, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
@@ -241,7 +264,7 @@ def main(args):
             input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
             train_model.require_backward_grad_sync = k == len(parts)
             with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-                logits = forward(train_model, input_ids, attention_mask, labels.shape[1])
+                logits = train_model(input_ids, attention_mask, labels.shape[1])
                 loss_sum, token_count = loss_fn(logits, labels)
             (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
             means.add({"train/sft/loss": loss_sum / token_count}, token_count)
@@ -258,7 +281,7 @@ def main(args):
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if evaluates:
-                metrics["eval/sft/loss"] = held_out_loss(model, eval_rows, args, tokenizer.pad_token_id, ranks)
+                metrics["eval/sft/loss"] = held_out_loss(labelled, eval_rows, args, tokenizer.pad_token_id, ranks)
             run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
         if saves:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())

@@ -10,8 +10,8 @@ The work, B rows of P query and R response tokens, T = P + R:
     rollout    a prefill of B * P tokens and R - 1 decoding steps of B tokens through the policy; its head at B * R
     score      one forward of policy, reference, critic and reward model; heads of the first two at the response only
     update     num_epochs forwards and backwards of policy and critic; a backward is twice a forward
-    sft        forward and backward of the policy, its head at the response; reward_model: of the critic on 2B rows, the
-               MLP of its last layer at the one token of each that is scored, everything before it at all tokens
+    sft        forward and backward of the policy, its head at the response, and the MLP of its last layer there;
+               reward_model: of the critic on 2B rows, the MLP of its last layer at the one token of each that is scored
     ilql       forward and backward of the policy on T - 1 tokens, with its head, V and two Q heads at the response; the
                two target heads forward, of whose last layer only the actions' rows are read (not counted)
 
@@ -80,16 +80,14 @@ def phases(policy, critic, kind, B, P, R, epochs=1):
     rollout = ([prefill, decode], attention_flops(policy, B, 0, T - 1))
     if kind == "decode":
         return {"rollout": rollout}
-    if kind == "sft":
-        work = products(policy, B * T, B * R, backward=True)
-        return {"update": ([work], attention_flops(policy, B, 0, T, backward=True))}
-    if kind == "reward_model":
-        body = list(critic.body)
-        for layer in critic.last_mlp:
+    if kind in ("sft", "reward_model"):
+        model, rows, read, head = (policy, B, B * R, B * R) if kind == "sft" else (critic, 2 * B, 2 * B, 0)
+        body = list(model.body)
+        for layer in model.last_mlp:
             body.remove(layer)
-        work = products(critic._replace(body=body), 2 * B * T, 0, backward=True)
-        work += products(critic._replace(body=critic.last_mlp), 2 * B, 0, backward=True)
-        return {"update": ([work], attention_flops(critic, 2 * B, 0, T, backward=True))}
+        work = products(model._replace(body=body), rows * T, head, backward=True)
+        work += products(model._replace(body=model.last_mlp), read, 0, backward=True)
+        return {"update": ([work], attention_flops(model, rows, 0, T, backward=True))}
     if kind == "ilql":
         width, vocabulary = policy.head
         heads = [(width, 2 * width), (2 * width, vocabulary)] * 2

@@ -27,13 +27,18 @@ import torch
 import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 import utils
@@ -76,6 +81,19 @@ def build_config(kind, tokenizer, **options):
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **options}
     return LlamaConfig(initializer_range=0.2, **sizes, **ids)
 
+
+SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.2}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPED = {**WIDE, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+FAMILIES = [  # and how their last layer has its MLP: as a module alone, as one that adds the residual, as no module
+    (GPT2Config(n_embd=16, n_layer=2, n_head=2, **SMALL), "alone"),
+    (LlamaConfig(**GROUPED, **SMALL), "alone"),
+    (Gemma2Config(**GROUPED, **SMALL), "alone"),  # a norm behind the MLP
+    (FalconConfig(**WIDE, **SMALL), "alone"),  # attention and MLP side by side, added in place
+    (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), "alone"),
+    (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), "residual"),
+    (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),
+]
 
 CLASSES = {
     ("gpt2", "lm"): GPT2LMHeadModel,

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForSequenceClassification, BloomConfig, FalconConfig, Gemma2Config, GPT2Config
-from transformers import GPT2LMHeadModel, LlamaConfig, OPTConfig, Qwen3MoeConfig
+from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 import reward_model
 import utils
 from conftest import (
+    FAMILIES,
     assert_same_gradients,
     build_config,
     build_tokenizer,
@@ -176,22 +176,10 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
     assert torch.allclose(scores, exact, atol=0.1)
 
 
-SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.2}
-WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = {**WIDE, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-FAMILIES = [  # and how many tokens of five rows of twelve the MLP of the last layer is given
-    (GPT2Config(n_embd=16, n_layer=2, n_head=2, **SMALL), 5),
-    (LlamaConfig(**GROUPED, **SMALL), 5),
-    (Gemma2Config(**GROUPED, **SMALL), 5),  # a norm behind the MLP
-    (FalconConfig(**WIDE, **SMALL), 5),  # attention and MLP side by side, added in place
-    (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), 5),
-    (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), 60),  # an MLP that adds the residual
-    (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),  # no module for it
-]
+@pytest.mark.parametrize(("config", "mlp"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
+def test_the_last_mlp_computes_the_token_that_is_scored(config, mlp):
+    tokens = {"alone": 5, "residual": 60, None: None}[mlp]  # of five rows of twelve
 
-
-@pytest.mark.parametrize(("config", "tokens"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
-def test_the_last_mlp_computes_the_token_that_is_scored(config, tokens):
     def scores_and_gradients(function, *model):
         scores = function(*model, input_ids, attention_mask)
         whole.zero_grad()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import sft
 import utils
-from conftest import assert_same_gradients, build_tokenizer, gradients_of, read_jsonl, refuses, write_jsonl
+from conftest import FAMILIES, assert_same_gradients, build_tokenizer, gradients_of, read_jsonl, refuses, write_jsonl
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -115,15 +115,47 @@ def test_right_padding_does_not_change_the_loss(kind, request, tokenizer):
     input_ids, labels, attention_mask = sft.collate_labelled(encoded, tokenizer.pad_token_id, 3, CPU)
     assert input_ids.shape == attention_mask.shape == (3, 24)  # the third row only fills up the shape
     assert labels.shape == (3, 23) and (labels[0, 1] != -100)  # the first label of all is that of token 2
+    labelled = sft.LabelledLogits(model)
     for padding in (tokenizer.pad_token_id, 7):  # whatever ids the padding holds
         padded_ids = torch.where(attention_mask == 1, input_ids, padding)
-        logits = sft.forward(model, padded_ids, attention_mask, labels.shape[1])
-        whole = sft.forward(model, padded_ids, attention_mask, 24)
+        logits = labelled(padded_ids, attention_mask, labels.shape[1])
+        whole = labelled(padded_ids, attention_mask, 24)
         torch.testing.assert_close(logits, whole[:, 1:])
         padded = sft.token_loss(logits[:1], labels[:1])[0]
         assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
         assert sft.token_loss(logits[2:], labels[2:])[1] == 0
     assert model(padded_ids, attention_mask=attention_mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("config", "mlp"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
+def test_the_last_mlp_computes_the_tokens_that_predict_a_label(config, mlp):
+    torch.manual_seed(0)
+    model, given = AutoModelForCausalLM.from_config(config).eval(), []
+    input_ids, lengths = torch.randint(2, 32, (3, 12)), torch.tensor([12, 9, 5])
+    attention_mask = (torch.arange(12) < lengths[:, None]).long()
+    labels = torch.where(attention_mask == 1, input_ids, -100)[:, -8:]  # the first label is that of token 5
+    names, position_ids = list(model.state_dict()), (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    def gradients(logits):
+        model.zero_grad()
+        sft.token_loss(logits[:, -8:], labels)[0].backward()
+        return [x.grad.double().numpy() for x in model.parameters() if x.grad is not None]
+
+    def whole():
+        return model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
+
+    expected, expected_gradients, labelled = whole(), gradients(whole()), sft.LabelledLogits(model)
+    if mlp is not None:
+        last = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))[-1].mlp
+        last.register_forward_pre_hook(lambda mlp, inputs: given.append(inputs[0].shape[:2].numel()))
+    ours = labelled(input_ids, attention_mask, 8)
+    assert ours.shape == (3, 8, 32) and ours.std() > 0.1
+    torch.testing.assert_close(ours, expected[:, -8:], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(gradients(ours), expected_gradients)
+    assert given == {"alone": [3 * 8], "residual": [3 * 12], None: []}[mlp]
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(whole(), expected)  # outside of a forward of the module the model is whole
+    torch.testing.assert_close(labelled(input_ids, attention_mask, 12), expected, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def test_the_trainers_by_hand():
     model = floors.model_shape(TINY["gpt2"])
     body, head, pairs = 2 * 12 * 24**2, 24 * 32, 21
     update = floors.phases(model, model, "sft", 3, 2, 4)["update"]
-    assert floors.phase_flops(update) == 6 * 3 * (6 * body + 4 * head) + 3 * 2 * 4 * 24 * 3 * pairs
+    linear = 6 * 3 * (6 * (body - 8 * 24**2) + 4 * 8 * 24**2 + 4 * head)  # the last MLP at four tokens of six
+    assert floors.phase_flops(update) == linear + 3 * 2 * 4 * 24 * 3 * pairs
     update = floors.phases(model, model, "reward_model", 3, 2, 4)["update"]
     linear = 6 * 6 * (6 * (body - 8 * 24**2) + 8 * 24**2)  # the last MLP at one token of six
     assert floors.phase_flops(update) == linear + 3 * 2 * 4 * 24 * 6 * pairs
