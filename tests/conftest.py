@@ -47,6 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--compiled", action="store_true", help="test_ppo_runs.py, test_ppo_options.py: compile each run")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer and models
 
@@ -287,8 +291,8 @@ def serve(rank, port, jobs, results):
 class TwoRanks:
     """Two processes in one gloo group, started at the first job and started again after a failed one."""
 
-    def __init__(self):
-        self.workers = None
+    def __init__(self, timeout):
+        self.workers, self.timeout = None, timeout
 
     def start(self):
         with socket.socket() as free:
@@ -311,7 +315,7 @@ class TwoRanks:
                 worker.join()
         self.workers = None
 
-    def __call__(self, function, *args, timeout=60):
+    def __call__(self, function, *args, timeout=None):
         if self.workers is None:
             self.start()
         for jobs in self.jobs:
@@ -319,10 +323,10 @@ class TwoRanks:
         answers = {}
         while len(answers) < 2:
             try:
-                rank, result, error = self.results.get(timeout=timeout)
+                rank, result, error = self.results.get(timeout=timeout or self.timeout)
             except queue.Empty:
                 self.stop()
-                pytest.fail(f"no answer after {timeout} s; ranks that answered: {sorted(answers)}")
+                pytest.fail(f"no answer after {timeout or self.timeout} s; ranks that answered: {sorted(answers)}")
             if error:
                 self.stop()
                 pytest.fail(f"on rank {rank}:\n{error}")
@@ -331,13 +335,13 @@ class TwoRanks:
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks():
+def on_two_ranks(pytestconfig):
     """`on_two_ranks(function, *args)`: [function(0, *args), function(1, *args)], run in two connected processes.
 
     The function must be a module's own (it is found by name), its arguments and results plain data or numpy arrays
     (a tensor would travel through shared memory that its sender may close). A whole `main(args)` runs there too: the
     scripts join the process group they find.
     """
-    ranks = TwoRanks()
+    ranks = TwoRanks(600 if pytestconfig.getoption("--compiled") else 60)  # compiling takes time
     yield ranks
     ranks.stop()

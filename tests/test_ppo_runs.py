@@ -96,8 +96,9 @@ def same_weights(first, second):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, gpt2_folder):
-    """`settings(output_dir, **changes)`: flags of a run that takes half a second. Its files: `settings.folder`."""
+def settings(request, tmp_path_factory, gpt2_folder):
+    """`settings(output_dir, **changes)`: flags of a run that takes half a second. Its files: `settings.folder`. Every run
+    that does not say otherwise is compiled with `pytest --compiled`."""
     folder = tmp_path_factory.mktemp("task")
     rows = [{"prompt": prompt, "bonus": i / 4, "note": "n"} for i, prompt in enumerate(PROMPTS)]
     dataset = write_jsonl(folder / "prompts.jsonl", rows)
@@ -108,20 +109,25 @@ def settings(tmp_path_factory, gpt2_folder):
         flags |= {"reward_fn": f"{folder / 'rewards.py'}:{reward}"} if reward else {}
         flags |= {"batch_size": 16, "micro_batch_size": 16, "num_epochs": 1, "num_minibatches": 1}
         flags |= {"query_length": 8, "response_length": 16, "total_episodes": updates * changes.get("batch_size", 16)}
-        return flags | {"compile": make.compile, "missing_eos_score": "none"} | changes
+        flags |= {"compile": make.compile, "missing_eos_score": "none"} | changes
+        if (
+            flags["compile"] and flags["model"] != make.compiled_for
+        ):  # a decoding step does not look whose modules it has
+            torch.compiler.reset()
+            make.compiled_for = flags["model"]
+        return flags
 
-    make.folder, make.compile = folder, False
+    make.folder, make.compile, make.compiled_for = folder, request.config.getoption("--compiled"), None
     return make
 
 
 @pytest.fixture
 def compiled(request, settings):
-    """Whether this test's runs are compiled (parameters: indirect). The decoding step of another test would be taken for
-    this one's: it does not look whether the modules are the same."""
+    """Whether this test's runs are compiled (parameters: indirect)."""
     torch.compiler.reset()
-    settings.compile = request.param
+    before, settings.compile = settings.compile, request.param
     yield request.param
-    settings.compile = False
+    settings.compile = before
 
 
 def run(flags):
@@ -131,6 +137,8 @@ def run(flags):
 
 def run_on_rank(rank, flags):
     """A run on two connected ranks or (rank None) alone; the text of the user's mistake, if there is one."""
+    if flags["compile"]:
+        torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         ranks = Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
         patch.setattr(ppo_rlhf, "init_ranks", lambda: ranks)
