@@ -315,7 +315,7 @@ class TwoRanks:
                 worker.join()
         self.workers = None
 
-    def __call__(self, function, *args, timeout=None):
+    def __call__(self, function, *args):
         if self.workers is None:
             self.start()
         for jobs in self.jobs:
@@ -323,10 +323,10 @@ class TwoRanks:
         answers = {}
         while len(answers) < 2:
             try:
-                rank, result, error = self.results.get(timeout=timeout or self.timeout)
+                rank, result, error = self.results.get(timeout=self.timeout)
             except queue.Empty:
                 self.stop()
-                pytest.fail(f"no answer after {timeout or self.timeout} s; ranks that answered: {sorted(answers)}")
+                pytest.fail(f"no answer after {self.timeout} s; ranks that answered: {sorted(answers)}")
             if error:
                 self.stop()
                 pytest.fail(f"on rank {rank}:\n{error}")
