@@ -89,7 +89,7 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """what forwards and backwards compute in; weights, optimizer state, losses, Q and V are fp32 always"""
+    """what training computes in (samples: fp32); weights, optimizer state, losses, Q and V are fp32 always"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the training forward, the loss and the decoding step"""
     eval_betas: tuple[float, ...] = (0.0, 1.0, 100.0)
@@ -239,7 +239,7 @@ def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id
     cache.reset()
     step, stop_ids = step or steered_decode_step, torch.as_tensor(stop_ids, device=device)
     responses, ended = torch.full((B, R), pad_id, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    key_mask = F.pad(query_mask.long(), (0, max(R, *(x.max_cache_len - P for x in cache.layers))))  # slots to be read
     tokens, position_ids = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
     beta, decode = torch.as_tensor(beta, device=device), steered_decode_step  # a number would be compiled as a constant
     for t in range(R):
@@ -276,7 +276,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]

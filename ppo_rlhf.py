@@ -47,7 +47,7 @@ class Args:
     monitor_fn: str | None = None
     """a function like --reward_fn that is logged as monitor/<name> and never trained on: shows over-optimisation"""
     dataset: str = "data/randomwalks/prompts.jsonl"
-    """rows with prompt; every other column reaches the reward function"""
+    """rows with prompt; every other column, but not prompts or responses, reaches the reward function"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
@@ -174,8 +174,8 @@ class ActorCritic(torch.nn.Module):
 
 def logit_bias(policy, tokenizer):
     """(V,) to add to logits: -inf for pad and ids that no token has, which neither policy nor reference can say; else 0."""
-    ids = torch.arange(policy.config.vocab_size, device=policy.device)
-    return torch.where((ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id), -math.inf, 0.0)
+    said, ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}, range(policy.config.vocab_size)
+    return torch.tensor([0.0 if i in said else -math.inf for i in ids], device=policy.device)
 
 
 def first_above(weights, target):
@@ -358,7 +358,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
@@ -427,24 +427,25 @@ def check_flags(args):
 
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, critic, reward_model). The critic starts as the reward model, else with a zero head."""
-    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     classifier, scorer = AutoModelForSequenceClassification, args.reward_model
     reward_model = load_pretrained(classifier, scorer, num_labels=1)[0] if scorer else None
-    critic = copy.deepcopy(reward_model)
+    policy, critic = load_pretrained(AutoModelForCausalLM, args.model)[0], copy.deepcopy(reward_model)
+    if "Linear" in str(StaticCache(policy.config, 1).layers) or hasattr(policy.config, "text_config"):
+        raise UserError(f"--model {args.model}: its linear attention confuses a static cache, or it is not text alone")
     if critic is None or args.value_trunk == "shared":
         critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
         critic.base_model.load_state_dict(policy.base_model.state_dict())
-    eos = policy.config.eos_token_id if isinstance(policy.config.eos_token_id, list) else tokenizer.eos_token_id
+    lists = [x.eos_token_id for x in (policy.config, policy.generation_config) if isinstance(x.eos_token_id, list)]
+    eos = sorted({*sum(lists, [tokenizer.eos_token_id])}) if lists else tokenizer.eos_token_id
     for model in filter(None, (policy, critic, reward_model)):
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "window_size")]
+        names = ("max_position_embeddings", "original_max_position_embeddings", "window_size")  # longrope's first limit
+        limits = [getattr(model.config, name, None) for name in names]
         if num_positions > min(filter(None, limits), default=num_positions):  # a static cache confuses GPT-Neo's window
             raise UserError(f"--response_length: {num_positions} positions with the prompt, more than a model has")
         model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if "Linear" in str([type(layer) for layer in StaticCache(config=policy.config, max_cache_len=1).layers]):
-        raise UserError(f"--model {args.model}: its linear attention would take the prefill's empty slots for tokens")
     policy.generation_config = type(policy.generation_config).from_model_config(policy.config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
@@ -591,8 +592,7 @@ def main(args):
             state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
             run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)
     if ranks.rank == 0:
-        save_pretrained(run.folder / "critic", critic, tokenizer)
-        save_pretrained(run.folder / "model", policy, tokenizer)
+        [save_pretrained(run.folder / name, x, tokenizer) for name, x in (("critic", critic), ("model", policy))]
         print(f"\nmodel folder  {run.folder}/model\nnext          python benchmarks/evaluate.py --run {run.folder}")
 
 

@@ -75,8 +75,6 @@ class Args:
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-
-
 def score_head(model, hidden):
     """Scores (...) of hidden states (..., d): the linear head in full precision, minus the centre in the config."""
     with torch.autocast(hidden.device.type, enabled=False):
@@ -112,8 +110,8 @@ class Scorer(torch.nn.Module):
 
     def take_last(self, mlp, inputs):
         if self.is_last is not None and len(inputs) == 1 and inputs[0].ndim == 3:  # (B,T,d), no residual beside it
-            rows = torch.arange(len(self.is_last), device=inputs[0].device)
-            return inputs[0][rows, self.is_last.long().argmax(1)][:, None]
+            last = self.is_last.long().argmax(1)
+            return inputs[0][torch.arange(len(last), device=last.device), last][:, None]
 
     def put_last(self, mlp, inputs, output):
         if self.is_last is not None and isinstance(output, torch.Tensor) and output.shape[1] == 1:
@@ -156,7 +154,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
@@ -178,8 +176,8 @@ def encode_response(tokenizer, prompt, response):
 
 
 def encode_pair(tokenizer, prompt, response):
-    """Token ids of prompt and response joined. An empty prompt: the response is the whole text or conversation."""
-    if not prompt and not isinstance(response, str):
+    """Token ids of prompt and response joined. No prompt, or a text beside messages: the response is the whole conversation."""
+    if not isinstance(response, str) and (not prompt or isinstance(prompt, str)):
         prompt, response = response[:-1], response[-1:]
     return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
 
@@ -189,10 +187,14 @@ def encode_comparisons(rows, tokenizer, args, path):
     has_margin = args.use_margin and "margin" in rows.column_names
     encoded = []
     for number, row in enumerate(rows, start=1):
-        if has_margin and row["margin"] is None:
-            raise UserError(f"{path}: row {number}: margin is empty; fill it or drop the column")
-        sides = [encode_pair(tokenizer, row.get("prompt", ""), row[side]) for side in ("chosen", "rejected")]
-        encoded.append((*sides, float(row["margin"]) if has_margin else 0.0))
+        margin = row["margin"] if has_margin else 0.0
+        if not isinstance(margin, int | float) or not abs(margin) < 1e30:
+            raise UserError(f"{path}: row {number}: margin is {margin!r}, not a finite number")
+        try:
+            sides = [encode_pair(tokenizer, row.get("prompt", ""), row[side]) for side in ("chosen", "rejected")]
+        except Exception as error:  # chat templates refuse in many ways
+            raise UserError(f"{path}: row {number}: {error}") from error
+        encoded.append((*sides, float(margin)))
     kept = [pair for pair in encoded if max(len(pair[0]), len(pair[1])) <= args.max_length]
     if len(kept) < len(encoded):
         print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} pairs of over {args.max_length} tokens")
@@ -202,11 +204,8 @@ def encode_comparisons(rows, tokenizer, args, path):
 
 
 def collate(sequences, pad_id, num_rows, device):
-    """(input_ids, attention_mask), each (num_rows,T), right padded to a multiple of 8 tokens.
-
-    Rows that only fill up the shape hold one token: compiled code meets few shapes, and a rank that has no row of an
-    epoch's last batch still takes part in the gradient exchange.
-    """
+    """(input_ids, attention_mask), each (num_rows,T), right padded to a multiple of 8 tokens. Rows that only fill up the shape
+    hold one token: compiled code meets few shapes, and a rank that has no row of an epoch's last batch still takes part."""
     sequences = sequences + [[0]] * (num_rows - len(sequences))
     T = -(-max(map(len, sequences)) // 8) * 8
     input_ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids in sequences])
@@ -221,8 +220,6 @@ def micro_batches(rows, length, ranks, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
 def pair_scores(model, pairs, pad_id, size, device):
     """(chosen_scores, rejected_scores, margin, mask), each (size,), in one forward; mask is True for real pairs."""
     sequences = [[0]] * (size - len(pairs))
@@ -256,8 +253,7 @@ def mean_score(scorer, sequences, args, pad_id, ranks):
 
 
 def main(args):
-    # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = prepare(args)
+    args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
     args.model = args.model or newest_run("sft")
     tokenizer = load_tokenizer(args.model)
     rows = encode_comparisons(load_rows(args.dataset, [("chosen", "rejected")]), tokenizer, args, args.dataset)
@@ -274,11 +270,13 @@ def main(args):
     demonstrations = load_rows(args.demonstrations, [("prompt", "completion")]) if args.demonstrations else []
     demonstrations = [encode_pair(tokenizer, row["prompt"], row["completion"]) for row in demonstrations]
     demonstrations = [ids for ids in demonstrations if len(ids) <= args.max_length]
-
     ranks = init_ranks()
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
     model, missing = load_pretrained(AutoModelForSequenceClassification, args.model, ["score.weight"], num_labels=1)
+    longest = max(max(len(pair[0]), len(pair[1])) for pair in rows + eval_rows)
+    if longest > getattr(model.config, "max_position_embeddings", longest):
+        raise UserError(f"--max_length: sides of {longest} tokens are longer than the positions of {args.model}")
     if missing:  # a language model: its new head starts small; a reward model keeps the head it has
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -329,6 +327,8 @@ def main(args):
         saves = args.save_every and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "train/rm/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
+            if not grad_norm.isfinite():
+                raise UserError(f"step {step}: the gradient is not finite; lower --lr")
             if evaluates:
                 metrics |= held_out_accuracy(scorer, eval_rows, args, tokenizer.pad_token_id, ranks)
             shown = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "eval/rm/loss", "eval/rm/accuracy"]
@@ -341,7 +341,7 @@ def main(args):
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
         print(f"\nheld-out accuracy {metrics.get('eval/rm/accuracy', float('nan')):.4f}")
-        print(f"score_mean        {model.config.score_mean:.4f} ({args.demonstrations or 'not centred'})")
+        print(f"score_mean        {model.config.score_mean:.4f}{'' if demonstrations else ' (not centred)'}")
         print(f"model folder      {run.folder / 'model'}")
         print(f"next              python ppo_rlhf.py --model {args.model} --reward_model {run.folder / 'model'}")
 

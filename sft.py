@@ -83,8 +83,10 @@ class LabelledLogits(torch.nn.Module):
             return inputs[0][:, self.kept[0] - self.kept[1] :].contiguous()
 
     def put_kept(self, mlp, inputs, output):
-        if self.kept is not None and isinstance(output, torch.Tensor) and output.shape[1] == self.kept[1]:
-            return F.pad(output, (0, 0, self.kept[0] - self.kept[1], 0))
+        rows, *others = output if isinstance(output, tuple) else (output,)  # some families add their router's scores
+        if self.kept is not None and rows.shape[1] == self.kept[1]:
+            rows = F.pad(rows, (0, 0, self.kept[0] - self.kept[1], 0))
+            return (rows, *others) if others else rows
 
     def forward(self, input_ids, attention_mask, num_logits):
         T, inputs = input_ids.shape[1], {"attention_mask": attention_mask, "use_cache": False}
@@ -131,7 +133,7 @@ def encode_prompt(tokenizer, prompt):
         raise UserError("the data holds messages, but the model's tokenizer has no chat template")
     text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
+    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
         ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
@@ -155,34 +157,31 @@ def encode_response(tokenizer, prompt, response):
 def encode_demonstrations(rows, tokenizer, max_length, path):
     """[(input_ids, labels)] of the rows that fit, as lists. Labels are the ids themselves, -100 on prompt tokens."""
     encoded = []
-    for row in rows:
-        if "messages" in rows.column_names:  # every assistant turn is a response to the turns before it
+    for number, row in enumerate(rows, start=1):
+        if "messages" in row:  # every assistant turn is a response to the turns before it
             turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
             pairs = [(row["messages"][:i], row["messages"][i : i + 1]) for i in turns]
         else:
-            pairs = (
-                [(row["prompt"], row["completion"])]
-                if {"prompt", "completion"} <= set(rows.column_names)
-                else [("", row["text"])]
-            )
-        for prompt, completion in pairs:
-            query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
-            encoded.append((query + response, [-100] * len(query) + response))
+            pairs = [(row["prompt"], row["completion"]) if {"prompt", "completion"} <= {*row} else ("", row["text"])]
+        try:
+            for prompt, completion in pairs:
+                query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
+                encoded.append((query + response, [-100] * len(query) + response))
+        except Exception as error:  # chat templates refuse in many ways
+            raise UserError(f"{path}: row {number}: {error}") from error
     kept = [pair for pair in encoded if len(pair[0]) <= max_length]
     if len(kept) < len(encoded):
         print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} rows longer than {max_length} tokens")
     if not kept:
-        raise UserError(f"{path}: no row is left; every one is longer than --max_length {max_length}")
+        raise UserError(f"{path}: no row is left: all over --max_length {max_length}, or no assistant says anything")
     return kept
 
 
 def collate_labelled(rows, pad_id, num_rows, device):
     """(input_ids (B,T), labels (B,L), attention_mask (B,T)), right padded to a multiple of 8 tokens and to `num_rows` rows.
-
     Labels are those of the last L positions, which begin in front of the first label of any row: logits before them
     are not needed. Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a
-    rank that has no row of an epoch's last batch still takes part in the gradient exchange.
-    """
+    rank that has no row of an epoch's last batch still takes part in the gradient exchange."""
     rows = rows + [([0], [-100])] * (num_rows - len(rows))
     T = -(-max(len(ids) for ids, _ in rows) // 8) * 8
     first = min([i for _, labels in rows for i, label in enumerate(labels) if label != -100], default=T - 1)
@@ -214,8 +213,7 @@ def held_out_loss(model, rows, args, pad_id, ranks):
 
 
 def main(args):
-    # Everything that can be refused is refused before a model is loaded or a file is written.
-    args = prepare(args)
+    args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
     tokenizer = load_tokenizer(args.model)
     columns = [("prompt", "completion"), ("text",), ("messages",)]
     rows = encode_demonstrations(load_rows(args.dataset, columns), tokenizer, args.max_length, args.dataset)
@@ -233,6 +231,9 @@ def main(args):
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
     model, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    longest = max(len(ids) for ids, _ in rows + eval_rows)
+    if longest > getattr(model.config, "max_position_embeddings", longest):
+        raise UserError(f"--max_length: rows of {longest} tokens are longer than the positions of {args.model}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -280,6 +281,8 @@ def main(args):
         saves = args.save_every and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
             metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
+            if not grad_norm.isfinite():
+                raise UserError(f"step {step}: the gradient is not finite; lower --lr")
             if evaluates:
                 metrics["eval/sft/loss"] = held_out_loss(labelled, eval_rows, args, tokenizer.pad_token_id, ranks)
             run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])

@@ -192,9 +192,11 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
 
 
 def newest_run(script):
-    """`model/` of the newest finished default run of `script`; a UserError that names the command if there is none."""
+    """`model/` of the newest finished run of `script` that chose no --output_dir; a UserError if there is none."""
     if not (finished := [f.parent for f in Path("runs").glob(f"{script}__*/model/config.json")]):
-        raise UserError(f"no finished run of {script}.py under runs/: run `python {script}.py` first, or name a folder")
+        raise UserError(
+            f"runs/{script}__*: no finished run there; run `python {script}.py` first, or name a model folder"
+        )
     return str(max(finished, key=lambda f: f.stat().st_mtime))
 
 
@@ -216,7 +218,7 @@ def prepare(args):
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if other := [x for x in saved if getattr(args, x, "?") not in (getattr(type(args), x, None), saved[x])]:
-        raise UserError(f"--resume {args.resume}: --{other[0]} differs from that run's own; leave it out")
+        raise UserError(f"--resume {args.resume}: --{other[0]} is no flag here, or differs from that run's own")
     return replace(args, **saved)
 
 

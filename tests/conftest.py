@@ -33,6 +33,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -49,6 +50,17 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--compiled", action="store_true", help="test_ppo_runs.py, test_ppo_options.py: compile each run")
+    parser.addoption("--compile_once", action="store_true", help="the same, but only where one compilation serves all")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --compile_once: tests whose runs are compiled, in this process, and of the usual model in fp32."""
+    if config.getoption("--compile_once"):
+        apart = {"on_two_ranks", "run_script", "compiled", "llama_folder", "llama_rm_folder"}
+        chosen = [x for x in items if "settings" in x.fixturenames and not apart & {*x.fixturenames}]
+        chosen = [x for x in chosen if not re.search("llama|bf16|share_a_graph", x.name)]
+        config.hook.pytest_deselected(items=[x for x in items if x not in chosen])
+        items[:] = chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,6 +107,10 @@ FAMILIES = [  # and how their last layer has its MLP: as a module alone, as one 
     (Gemma2Config(**GROUPED, **SMALL), "alone"),  # a norm behind the MLP
     (FalconConfig(**WIDE, **SMALL), "alone"),  # attention and MLP side by side, added in place
     (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), "alone"),
+    (
+        GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, **SMALL),
+        "alone",
+    ),  # (output, scores of the experts)
     (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), "residual"),
     (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),
 ]

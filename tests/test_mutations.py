@@ -376,7 +376,7 @@ BUGS = [
         "critic and reward model are one",
         "the value loss then trains what gives the scores, which drift towards what the critic predicts",
         "test_reward_model_scores_and_starts_the_critic",
-        {"critic = copy.deepcopy(reward_model)": "critic = reward_model"},
+        {"[0], copy.deepcopy(reward_model)": "[0], reward_model"},
     ),
     Bug(
         "schedule that no optimizer follows",
@@ -388,7 +388,7 @@ BUGS = [
         "ids beyond the tokenizer sampled",
         "embedding rows that pad the vocabulary have logits too, and a random one is as good as any",
         "test_ids_that_no_token_has_are_never_sampled_nor_scored",
-        {"(ids >= len(tokenizer)) | (ids == tokenizer.pad_token_id)": "ids == tokenizer.pad_token_id"},
+        {"0.0 if i in said else -math.inf": "-math.inf if i == tokenizer.pad_token_id else 0.0"},
     ),
     Bug(
         "one EOS of several",

@@ -28,9 +28,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma3Config,
+    GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    Phi3Config,
     Qwen3NextConfig,
 )
 
@@ -411,11 +414,13 @@ def test_a_stop_token_that_melts_into_the_letter_before_it_is_refused():
             ppo_rlhf.stop_token_ids(Melting(), text, 1)
 
 
-def test_each_eos_of_a_model_ends_a_response_and_stays_in_its_config(settings, tmp_path, gpt2_folder):  # noqa: F811
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_each_eos_of_a_model_ends_a_response_and_stays_in_its_config(name, settings, tmp_path, gpt2_folder):  # noqa: F811
     shutil.copytree(gpt2_folder, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, A]}))
     (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    path = tmp_path / "model" / name
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | {"eos_token_id": [1, A]}))
     calls = recorded("response_mask", settings(tmp_path / "run", "letters", model=str(tmp_path / "model")))
     [((responses, stop_ids, _), mask)] = calls
     assert stop_ids.tolist() == [1, A]
@@ -530,6 +535,40 @@ def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):  # noqa: 
     AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="linear attention"):
         run(settings(tmp_path / "run", model=str(tmp_path / "model")))
+
+
+def refused_config(config, settings, tmp_path, gpt2_folder, match):  # noqa: F811
+    config.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=match):
+        run(settings(tmp_path / "run", model=str(tmp_path / "model")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_images_and_text_is_refused(settings, tmp_path, gpt2_folder):  # noqa: F811
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 31, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14})
+    refused_config(config, settings, tmp_path, gpt2_folder, "--model .*not text alone")
+
+
+def test_positions_behind_which_longrope_turns_otherwise_are_refused(settings, tmp_path, gpt2_folder):  # noqa: F811
+    """Behind `original_max_position_embeddings` it takes other frequencies, for all rows as soon as one is that long: a
+    log-probability would depend on the rows beside it."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    limits = {"max_position_embeddings": 64, "original_max_position_embeddings": 20}
+    config = Phi3Config(
+        vocab_size=31, pad_token_id=0, bos_token_id=1, eos_token_id=1, rope_parameters=factors, **sizes, **limits
+    )
+    refused_config(config, settings, tmp_path, gpt2_folder, "--response_length: 23 positions")
+
+
+def test_ids_between_those_of_the_tokens_are_not_said():
+    """A tokenizer of two tokens and a pad, whose ids are 0, 2 and 5: as many as its length says, but not the first ones."""
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=7, n_positions=4))
+    tokenizer = types.SimpleNamespace(pad_token_id=0, get_vocab=lambda: {"<pad>": 0, "a": 2, "|": 5})
+    assert ppo_rlhf.logit_bias(policy, tokenizer).tolist() == [0.0 if i in (2, 5) else -math.inf for i in range(7)]
 
 
 def test_a_long_minimum_means_fixed_length(settings, tmp_path):  # noqa: F811

@@ -116,7 +116,11 @@ def settings(request, tmp_path_factory, gpt2_folder):
             make.compiled_for = key
         return flags
 
-    make.folder, make.compile, make.compiled_for = folder, request.config.getoption("--compiled"), None
+    make.folder, make.compile, make.compiled_for = (
+        folder,
+        any(map(request.config.getoption, ("--compiled", "--compile_once"))),
+        None,
+    )
     return make
 
 
@@ -136,7 +140,7 @@ def run(flags):
 
 def run_on_rank(rank, flags):
     """A run on two connected ranks or (rank None) alone; the text of the user's mistake, if there is one."""
-    if flags["compile"]:
+    if flags["compile"] and rank is not None:  # alone, `settings` does
         torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         ranks = Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))

@@ -239,7 +239,8 @@ def test_pairs_may_be_messages():
     chosen, rejected = ([{"role": "assistant", "content": content}] for content in ("c", "de"))
     apart = encode([{"prompt": prompt, "chosen": chosen, "rejected": rejected}], tokenizer)
     inside = encode([{"chosen": prompt + chosen, "rejected": prompt + rejected}], tokenizer)
-    assert apart == inside
+    beside = encode([{"prompt": "ab", "chosen": prompt + chosen, "rejected": prompt + rejected}], tokenizer)
+    assert apart == inside == beside  # the last: a text beside whole conversations, as in UltraFeedback
     assert [tokenizer.decode(ids) for ids in apart[0][:2]] == ["Uab|Ac|", "Uab|Ade|"]
 
 
@@ -366,9 +367,25 @@ def test_the_saved_folder_is_centred_on_the_demonstrations_and_opens_anywhere(
     assert scores.tolist() == pytest.approx([r - plain.config.score_mean for r in raw], abs=1e-5)
 
 
-def test_without_demonstrations_the_score_is_raw(options, llama_rm_folder):
+def test_without_demonstrations_the_score_is_raw(options, llama_rm_folder, tmp_path, capsys):
     reward_model.main(reward_model.Args(**options | {"model": llama_rm_folder}))
     assert load(f"{options['output_dir']}/model").config.score_mean == 0.0
+    options |= {"output_dir": str(tmp_path / "long"), "max_length": 20}
+    options["demonstrations"] = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "completion": "b" * 30}])
+    reward_model.main(reward_model.Args(**options))
+    assert capsys.readouterr().out.count("score_mean        0.0000 (not centred)") == 2
+
+
+def test_sides_of_more_tokens_than_the_model_has_positions_are_refused(options, tmp_path, capsys):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * 63}]  # 65 with the EOS
+    options["dataset"] = write_jsonl(tmp_path / "long.jsonl", rows)
+    refuses(capsys, "reward_model", options, "--max_length: sides of 65 tokens")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(options):
+    with pytest.raises(utils.UserError, match="step 2: the gradient is not finite; lower --lr"):
+        reward_model.main(reward_model.Args(**options | {"lr": 1e30}))
+    assert not Path(options["output_dir"], "model").exists()
 
 
 def test_it_learns_that_longer_is_better(options, tmp_path, tokenizer):
@@ -456,6 +473,8 @@ MISTAKES = {
     "no row": (data(), "bad.jsonl.*empty"),
     "an empty cell": (data(PAIR, {**PAIR, "rejected": None}), "bad.jsonl"),
     "an empty margin": (data({**PAIR, "margin": 1.0}, {**PAIR, "margin": None}), "bad.jsonl.*margin"),
+    "a margin that is no number": (data({**PAIR, "margin": math.nan}), "bad.jsonl: row 1: margin is nan"),
+    "a margin in words": (data({**PAIR, "margin": "much"}), "bad.jsonl: row 1: margin is 'much'"),
     "no template": (data({"chosen": [{"role": "user", "content": "a"}], "rejected": []}), "bad.jsonl|template"),
     "no demonstration": (lambda tmp_path: {"demonstrations": str(tmp_path / "nowhere.jsonl")}, "nowhere.jsonl"),
     "other demonstrations": (data({"text": "a"}, flag="demonstrations"), r"bad.jsonl.*prompt\+completion"),

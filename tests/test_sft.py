@@ -253,6 +253,13 @@ def test_one_bos_and_one_eos_whatever_the_tokenizer_adds(tmp_path, pattern):
     assert labels[-4:] == [2, 3, 4, EOS]
 
 
+def test_a_bos_that_is_also_the_eos_stays_in_front_of_no_prompt(tmp_path):
+    tokenizer = special_tokenizer(tmp_path, "| $A")
+    tokenizer.bos_token = "|"
+    assert sft.encode_prompt(tokenizer, "ab") == [EOS, 2, 3] and sft.encode_prompt(tokenizer, "") == [EOS]
+    assert encode([{"text": "ab"}], tokenizer) == [([EOS, 2, 3, EOS], [-100, 2, 3, EOS])]
+
+
 @pytest.fixture
 def chat_tokenizer():
     tokenizer = build_tokenizer()
@@ -284,6 +291,15 @@ def test_prompt_and_completion_may_be_messages(chat_tokenizer):
     messages = turns("a", "b", "c", "d")
     [row] = encode([{"prompt": messages[:3], "completion": messages[3:]}], chat_tokenizer)
     assert spoken(chat_tokenizer, row) == ("Ua|Ab|Uc|Ad|", "d|")
+
+
+def test_a_row_that_cannot_be_rendered_is_named(chat_tokenizer):
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("a", "c")}]
+    chat_tokenizer.chat_template += "{{ raise_exception('no c, please') if messages[-1].content == 'c' }}"
+    with pytest.raises(utils.UserError, match="rows.jsonl: row 2: no c, please"):
+        encode(rows, chat_tokenizer)
+    with pytest.raises(utils.UserError, match="rows.jsonl: row 1: "):
+        encode([{"prompt": "a", "completion": turns("a", "b")[1:]}], chat_tokenizer)
 
 
 def test_a_template_that_rewrites_its_prompt_is_refused(chat_tokenizer):
@@ -546,6 +562,19 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(mistake, options, tmp_pat
     if "no config" not in mistake and "no model" not in mistake:  # found out before a model is loaded
         monkeypatch.setattr(sft, "load_pretrained", None)
     refuses(capsys, "sft", {**options, **change(tmp_path)}, match)
+
+
+def test_rows_of_more_tokens_than_the_model_has_positions_are_refused(options, tmp_path, capsys):
+    options["dataset"] = write_jsonl(tmp_path / "long.jsonl", [{"text": "a" * 64}])  # 65 with the EOS
+    refuses(capsys, "sft", options, "--max_length: rows of 65 tokens")
+    options["dataset"] = write_jsonl(tmp_path / "fits.jsonl", [{"text": "a" * 63}])
+    sft.main(sft.Args(**options))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(options):
+    with pytest.raises(utils.UserError, match="step 2: the gradient is not finite; lower --lr"):
+        sft.main(sft.Args(**options | {"lr": 1e30}))
+    assert not Path(options["output_dir"], "model").exists()
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(options, capsys, monkeypatch):
