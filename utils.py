@@ -194,9 +194,7 @@ def load_pretrained(auto_class, path, may_miss=(), **options):
 def newest_run(script):
     """`model/` of the newest finished run of `script` that chose no --output_dir; a UserError if there is none."""
     if not (finished := [f.parent for f in Path("runs").glob(f"{script}__*/model/config.json")]):
-        raise UserError(
-            f"runs/{script}__*: no finished run there; run `python {script}.py` first, or name a model folder"
-        )
+        raise UserError(f"no finished run in runs/{script}__*: run `python {script}.py` first, or name a model folder")
     return str(max(finished, key=lambda f: f.stat().st_mtime))
 
 
