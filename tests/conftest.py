@@ -50,11 +50,11 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--compiled", action="store_true", help="test_ppo_runs.py, test_ppo_options.py: compile each run")
-    parser.addoption("--compile_once", action="store_true", help="the same, but only where one compilation serves all")
+    parser.addoption("--compile_once", action="store_true", help="the same, of those that can share one compilation")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --compile_once: tests whose runs are compiled, in this process, and of the usual model in fp32."""
+    """With --compile_once: only tests with runs of the usual model, in fp32 and in this process."""
     if config.getoption("--compile_once"):
         apart = {"on_two_ranks", "run_script", "compiled", "llama_folder", "llama_rm_folder"}
         chosen = [x for x in items if "settings" in x.fixturenames and not apart & {*x.fixturenames}]
