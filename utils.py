@@ -216,7 +216,7 @@ def prepare(args):
     saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if other := [x for x in saved if getattr(args, x, "?") not in (getattr(type(args), x, None), saved[x])]:
-        raise UserError(f"--resume {args.resume}: --{other[0]} is no flag here, or differs from that run's own")
+        raise UserError(f"--resume {args.resume}: --{other[0]} differs from that run's own, or is no flag here")
     return replace(args, **saved)
 
 
