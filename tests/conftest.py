@@ -107,10 +107,7 @@ FAMILIES = [  # and how their last layer has its MLP: as a module alone, as one 
     (Gemma2Config(**GROUPED, **SMALL), "alone"),  # a norm behind the MLP
     (FalconConfig(**WIDE, **SMALL), "alone"),  # attention and MLP side by side, added in place
     (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), "alone"),
-    (
-        GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, **SMALL),
-        "alone",
-    ),  # (output, scores of the experts)
+    (GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, **SMALL), "alone"),  # its output is a tuple
     (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), "residual"),
     (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),
 ]

@@ -465,7 +465,7 @@ def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):
         run(settings(tmp_path / "run", model=str(tmp_path / "mamba")))
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [2, 3])
 def test_drawn_prompts_may_all_be_shorter_than_the_longest(seed, settings, tmp_path, tokenizer):
     """A Bloom adds its position bias to the key mask, which so must be as wide as the cache, made for the longest prompt."""
     ids = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -473,7 +473,7 @@ def test_drawn_prompts_may_all_be_shorter_than_the_longest(seed, settings, tmp_p
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "bloom")
     folder = run(settings(tmp_path / "run", model=str(tmp_path / "bloom"), eval_samples=1, seed=seed))
-    assert {len(row["query"]) for row in lines(folder, "samples.jsonl")} <= {1, 2, 3}
+    assert max(len(row["query"]) for row in lines(folder, "samples.jsonl")) < 3  # the longest was not drawn
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(settings, tmp_path):

@@ -116,11 +116,8 @@ def settings(request, tmp_path_factory, gpt2_folder):
             make.compiled_for = key
         return flags
 
-    make.folder, make.compile, make.compiled_for = (
-        folder,
-        any(map(request.config.getoption, ("--compiled", "--compile_once"))),
-        None,
-    )
+    make.folder, make.compiled_for = folder, None
+    make.compile = any(map(request.config.getoption, ("--compiled", "--compile_once")))
     return make
 
 
