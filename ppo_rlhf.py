@@ -26,8 +26,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
-from transformers import masking_utils, modeling_layers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import DynamicCache, StaticCache, masking_utils, modeling_layers
 
 from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
 from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress, save_pretrained
@@ -215,24 +215,25 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
     is pad_id behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: ended rows leave it."""
     (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
-    cache.reset()
     stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
-    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
-    decode = step if drops else decode_step  # the prefill, which makes a new cache: no CUDA graph may, if it is to stay
-    tokens, positions = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    prompt, prefill = DynamicCache(), step if drops else decode_step  # its keys are new: no CUDA graph may own them
+    inputs = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0), query_mask.long()
+    tokens = prefill(model, prompt, *inputs, uniforms[:, 0], temperature, bias)
+    key_mask, _ = F.pad(query_mask.long(), (0, R)), cache.reset()  # which cache slots may be read
+    [cache.update(layer.keys, layer.values, i) for i, layer in enumerate(prompt.layers)]
     for t in range(R):
-        tokens = decode(model, cache, tokens, positions, key_mask, uniforms[rows, t], temperature, bias).clone()
         responses[rows, t] = torch.where(ended, pad_id, tokens)
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
         key_mask[:, P + t] = 1
-        tokens, positions, decode = tokens[:, None], positions[:, -1:] + 1, step
         alive = (~ended).nonzero().squeeze(1) if t % 8 == 7 or device.type == "cpu" else rows  # a GPU: a wait
-        if len(alive) == 0:
+        if len(alive) == 0 or t == R - 1:
             break
-        if drops and 1 < len(alive) <= len(rows) / (2 if t else 1):  # 1 compiles anew; t = 0: the cache must be a copy
-            rows, ended, key_mask, tokens, positions = (x[alive] for x in (rows, ended, key_mask, tokens, positions))
+        if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # more often costs more copies; one row would compile anew
+            rows, ended, key_mask, tokens = (x[alive] for x in (rows, ended, key_mask, tokens))
             cache.reorder_cache(alive)
+        inputs = tokens[:, None], key_mask.sum(1, keepdim=True) - 1, key_mask
+        tokens = step(model, cache, *inputs, uniforms[rows, t + 1], temperature, bias).clone()
     return responses
 
 
@@ -498,8 +499,7 @@ def main(args):
     shown += ["val/explained_var", "optim/skipped"]
     if args.resume:
         state = run.load_checkpoint()
-        actor_critic.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        actor_critic.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         done, controller.kl_coef, moments = state["step"], state["kl_coef"], state["moments"].to(device)
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):
         # 1. rollout: prompts and uniforms of the global batch do not depend on the number of ranks

@@ -169,6 +169,12 @@ BUGS = [
         {"(query_mask.long().cumsum(1) - 1)": "(torch.ones_like(query_mask).long().cumsum(1) - 1)"},
     ),
     Bug(
+        "positions of the padding behind the prefill",
+        "and in the tokens behind the first, whose positions are counted anew",
+        "test_generate_is_the_slow_loop[gpt2-0.7] test_generate_does_not_see_padding_or_neighbours",
+        {"key_mask.sum(1, keepdim=True) - 1": "torch.full_like(tokens[:, None], P + t)"},
+    ),
+    Bug(
         "unused ids kept by the scorer",
         "the sampler masks ids that policy and reference give probability: two supports, a biased ratio and KL",
         "test_the_reference_starts_at_no_distance test_actor_critic_against_rows_without_padding",
@@ -229,13 +235,13 @@ BUGS = [
         "rows numbered anew",
         "the second time rows are dropped, an index into those that were left is not an index into the batch",
         "test_dropping_ended_rows_changes_nothing",
-        {"positions = (x[alive] for x in (rows,": "positions = (x if x is alive else x[alive] for x in (alive,"},
+        {"key_mask, tokens = (x[alive] for x in (rows,": "key_mask, tokens = (x if x is alive else x[alive] for x in (alive,"},
     ),
     Bug(
         "another row's noise",
         "when ended rows are dropped, each row keeps its own uniforms",
         "test_dropping_ended_rows_changes_nothing",
-        {"uniforms[rows, t]": "uniforms[: len(rows), t]"},
+        {"uniforms[rows, t + 1]": "uniforms[: len(rows), t + 1]"},
     ),
     Bug(
         "the same noise in every update",

@@ -462,7 +462,7 @@ def test_dropping_ended_rows_changes_nothing(policy):
         uniforms, counts = uniform(16, 30, seed=20 + seed), []
 
         def counted(model, cache, tokens, *inputs, counts=counts):
-            if cache.layers[0].is_initialized:  # behind the prefill
+            if cache.layers:  # behind the prefill
                 counts.append((len(tokens), len(cache.layers[0].keys)))
             return decode_step(model, cache, tokens, *inputs)
 
@@ -473,6 +473,22 @@ def test_dropping_ended_rows_changes_nothing(policy):
         times.append(len(set(counts)) - 1)
         assert min(counts)[0] > 1 and len(whole.layers[0].keys) == 16
     assert max(times) >= 2
+
+
+def test_the_prefill_reads_the_query_alone(policy):
+    """Its attention has P keys, behind it P + R slots; with a cache that stays it is not `step`, which may be a CUDA graph."""
+    reads = []
+
+    def noted(model, cache, tokens, positions, key_mask, *inputs):
+        sampled = decode_step(model, cache, tokens, positions, key_mask, *inputs)
+        reads.append((tokens.shape[1], key_mask.shape[1], cache.layers[0].keys.shape[2]))
+        return sampled
+
+    expected = sample(policy, QUERIES, uniform(4, 3, seed=6), stop_ids=[99], step=noted)
+    assert reads == [(7, 7, 7), (1, 10, 10), (1, 10, 10)]
+    cache = StaticCache(config=policy.config, max_cache_len=7 + 3)
+    sampled = sample(policy, QUERIES, uniform(4, 3, seed=6), stop_ids=[99], step=noted, cache=cache)
+    assert reads[3:] == [(1, 10, 10), (1, 10, 10)] and torch.equal(sampled, expected)
 
 
 def test_response_of_one_token(policy):
