@@ -371,6 +371,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not args.reward_model:
             answers = scorer([row["prompt"] for row in rows], texts, **columns)
+            answers = [] if answers is None else answers  # a function that returns nothing
             scores = torch.tensor([math.nan if isinstance(x, str | None) else float(x) for x in answers])
         else:  # at the last real token
             whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]
@@ -394,6 +395,8 @@ def main(args):
     rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
     if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
         args.reward_fn = "tasks/randomwalks.py:reward"
+    if args.eval_dataset and not (args.reward_fn or args.reward_model):
+        raise UserError("--eval_dataset: its samples are scored by --reward_fn or --reward_model; none is given")
     prompts, R = [], args.response_length
     if args.reward_fn or args.reward_model:
         args.eval_dataset = args.eval_dataset or str(Path(args.dataset).with_name("prompts.jsonl"))
@@ -446,9 +449,8 @@ def main(args):
     off = {k for k, x in (("cql", args.cql_weight), ("awac", args.policy_lr_scale)) if not x}  # losses not computed
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
     if args.resume:
-        ilql.load_state_dict((state := run.load_checkpoint())["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        done = (state := run.load_checkpoint())["step"]
+        ilql.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
     for step in progress(done, num_steps, ranks, "ilql_rlhf"):
         # 1. batch
         epoch, i = divmod(step - 1, steps_per_epoch)
@@ -456,7 +458,6 @@ def main(args):
         batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
         num_tokens = torch.tensor(sum(len(row[1]) for row in batch), device=device)  # of all ranks
         mine = sorted(batch, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
-
         # 2. loss
         for k in range(0, max(len(mine), 1), size):
             *inputs, actions, rewards, terminal, mask = collate_actions(mine[k : k + size], limits, size, device)
@@ -471,7 +472,6 @@ def main(args):
             target_q = torch.stack(target_qs).amin(0).squeeze(-1)
             stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
             means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
-
         # 3. update
         lr = args.min_lr + (args.lr - args.min_lr) * max(1 - (step - 1) / decay_steps, 0)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = args.policy_lr_scale * lr, lr

@@ -44,6 +44,9 @@ def not_a_number(prompts, responses, **columns):
 
 def nothing(prompts, responses, **columns):
     return [None] * len(responses)
+
+def no_return(prompts, responses, **columns):
+    [1.0] * len(responses)
 """
 COMPLETIONS = ["a", "bc", "aab", "dab", "ca", "aaaa", "bb", "cdcd", "ab", "b", "ac", "daa"]
 KEYS = {
@@ -539,6 +542,7 @@ MISTAKES = {
     "batch size zero": (lambda tmp_path: {"batch_size": 0}, "--batch_size"),
     "no such function": (lambda tmp_path: {"reward_fn": "nowhere.py:f"}, "--reward_fn nowhere.py:f: no such file"),
     "no prompts": (lambda tmp_path: {"eval_dataset": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
+    "samples that nobody scores": (lambda tmp_path: {"reward_fn": None, "eval_dataset": "p.jsonl"}, "--eval_dataset: "),
     "an empty prompt": (
         lambda tmp_path: {"eval_dataset": write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": ""}])},
         "p.jsonl: row 2: the prompt is empty",
@@ -566,7 +570,7 @@ def test_mistakes_that_need_the_model(settings, tmp_path, capsys, monkeypatch):
     refuses(capsys, "ilql_rlhf", settings(tmp_path / "run", eval_samples=3), "--eval_samples")
 
 
-@pytest.mark.parametrize("name", ["too_few", "not_a_number", "nothing"])
+@pytest.mark.parametrize("name", ["too_few", "not_a_number", "nothing", "no_return"])
 def test_a_reward_function_that_answers_nonsense(name, settings, tmp_path):
     flags = settings(tmp_path / "run", reward_fn=f"{settings.folder / 'rewards.py'}:{name}")
     with pytest.raises(utils.UserError, match=f"{name}: not a finite number for each response"):
