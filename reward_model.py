@@ -335,12 +335,12 @@ def main(args):
             run.log(step, metrics, show=["epoch", *shown, "train/rm/lr"])
         if saves:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
-
     if demonstrations:  # centre
         model.config.score_mean = mean_score(scorer, demonstrations, args, tokenizer.pad_token_id, ranks)
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
-        print(f"\nheld-out accuracy {metrics.get('eval/rm/accuracy', float('nan')):.4f}")
+        measured = [f"{metrics[key]:.4f}" for key in ("eval/rm/accuracy",) if key in metrics]
+        print(f"\nheld-out accuracy {''.join(measured) or 'not measured'}")
         print(f"score_mean        {model.config.score_mean:.4f}{'' if demonstrations else ' (not centred)'}")
         print(f"model folder      {run.folder / 'model'}")
         print(f"next              python ppo_rlhf.py --model {args.model} --reward_model {run.folder / 'model'}")

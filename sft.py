@@ -288,10 +288,10 @@ def main(args):
             run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
         if saves:
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
-
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
-        print(f"\nheld-out loss {metrics.get('eval/sft/loss', float('nan')):.4f} nats per completion token")
+        measured = [f"{metrics[key]:.4f} nats per completion token" for key in ("eval/sft/loss",) if key in metrics]
+        print(f"\nheld-out loss {''.join(measured) or 'not measured'}")
         print(f"model folder  {run.folder / 'model'}")
         print(f"next          python reward_model.py --model {run.folder / 'model'}")
 

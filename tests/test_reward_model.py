@@ -416,7 +416,7 @@ class PowerCut(Exception):
     pass
 
 
-def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch, gpt2_folder):
+def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch, gpt2_folder, capsys):
     write_jsonl(tmp_path / "demonstrations.jsonl", DEMONSTRATIONS)
     options |= {"model": gpt2_folder, "num_epochs": 2, "save_every": 2}
     reward_model.main(reward_model.Args(**options | {"output_dir": str(tmp_path / "whole")}))
@@ -431,6 +431,7 @@ def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch, gpt
         patch.setattr(utils.Run, "save_checkpoint", save_and_die)
         reward_model.main(reward_model.Args(**options))
     reward_model.main(reward_model.Args(resume=str(tmp_path / "run")))
+    assert "held-out accuracy not measured" in capsys.readouterr().out  # ROWS are all trained on
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     centres = [load(tmp_path / name / "model").config.score_mean for name in ("run", "whole")]

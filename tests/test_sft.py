@@ -496,6 +496,14 @@ def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == read_jsonl(tmp_path / "whole" / "metrics.jsonl")
 
 
+def test_a_run_resumed_behind_its_last_step_says_that_it_measured_nothing(options, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_after(3, patch)
+        sft.main(sft.Args(**options | {"save_every": 3}))
+    sft.main(sft.Args(resume=str(tmp_path / "run")))
+    assert "held-out loss not measured" in capsys.readouterr().out and (tmp_path / "run" / "model").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(options, tmp_path, capsys):
     sft.main(sft.Args(**options | {"save_every": 3}))
     before = weights(tmp_path / "run")
