@@ -10,10 +10,12 @@ import pytest
 import torch
 from tokenizers import processors
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, MistralConfig
+from transformers import StaticCache
 
 import ppo_rlhf
 import utils
+from conftest import FAMILIES, GROUPED, SMALL
 from ppo_rlhf import (
     ActorCritic,
     AdaptiveKLController,
@@ -428,6 +430,28 @@ def test_generate_is_the_slow_loop(policy, temperature):
         assert ends.min() < 11  # a row did stop, and below: nothing but pads behind it
         for row, end in zip(responses, ends):
             assert (row[end:] == PAD).all() and (row[:end] != PAD).all()
+
+
+WINDOWED = [
+    kind(**GROUPED, **SMALL, sliding_window=4) for kind in (MistralConfig, Gemma2Config)
+]  # below a query's length
+
+
+@pytest.mark.parametrize("config", [x for x, _ in FAMILIES] + WINDOWED, ids=lambda x: x.model_type)
+def test_other_families_sample_what_the_whole_sequence_gives(config, tmp_path):
+    """The prefill and the cache behind it, with a cache of its own and with one that stays, against no cache at all."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0]
+    (ids, mask), uniforms = left_pad(QUERIES, 7, PAD, "cpu"), uniform(4, 6, seed=3)
+    responses = generate(model, ids, mask, uniforms, 1.0, [99], PAD)
+    for query, u, response in zip(QUERIES, uniforms.tolist(), responses.tolist(), strict=True):
+        for t in range(6):
+            logits = model(torch.tensor([query + response[:t]])).logits[0, -1]
+            assert response[t] == inverse_cdf(logits, u[t], 1.0, 0.0)
+    cache = StaticCache(config=model.config, max_cache_len=7 + 6)
+    for _ in range(2):
+        assert torch.equal(generate(model, ids, mask, uniforms, 1.0, [99], PAD, cache=cache), responses)
 
 
 def test_generate_does_not_see_padding_or_neighbours(policy):
