@@ -524,7 +524,7 @@ def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, t
         counter = CompileCounter()
 
         def counting(function, dynamic=None, fullgraph=False, options=None, counter=counter):
-            return compile_(function, dynamic=dynamic, fullgraph=fullgraph, backend=counter)
+            return compile_(function, dynamic=dynamic, backend=counter)  # where it breaks, a graph counts as several
 
         monkeypatch.setattr(torch, "compile", counting)
         model = build_folder(tmp_path / f"model_{layers}", kind, "lm", tokenizer, seed=1, **{depth: layers})
