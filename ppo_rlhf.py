@@ -220,8 +220,8 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
     prompt, prefill = DynamicCache(), step if drops else decode_step  # its keys are new: no CUDA graph may own them
     inputs = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0), query_mask.long()
     tokens = prefill(model, prompt, *inputs, uniforms[:, 0], temperature, bias)
-    key_mask, _ = F.pad(query_mask.long(), (0, R)), cache.reset()  # which cache slots may be read
-    [cache.update(layer.keys, layer.values, i) for i, layer in enumerate(prompt.layers)], prompt.layers.clear()
+    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
     for t in range(R):
         responses[rows, t] = torch.where(ended, pad_id, tokens)
         ended |= torch.isin(tokens, stop_ids) & (t >= min_length)

@@ -339,8 +339,8 @@ def main(args):
         model.config.score_mean = mean_score(scorer, demonstrations, args, tokenizer.pad_token_id, ranks)
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
-        measured = [f"{metrics[key]:.4f}" for key in ("eval/rm/accuracy",) if key in metrics]
-        print(f"\nheld-out accuracy {''.join(measured) or 'not measured'}")
+        accuracy = f"{metrics['eval/rm/accuracy']:.4f}" if "eval/rm/accuracy" in metrics else "not measured"
+        print(f"\nheld-out accuracy {accuracy}")
         print(f"score_mean        {model.config.score_mean:.4f}{'' if demonstrations else ' (not centred)'}")
         print(f"model folder      {run.folder / 'model'}")
         print(f"next              python ppo_rlhf.py --model {args.model} --reward_model {run.folder / 'model'}")

@@ -290,8 +290,8 @@ def main(args):
             run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
     if ranks.rank == 0:
         save_pretrained(run.folder / "model", model, tokenizer)
-        measured = [f"{metrics[key]:.4f} nats per completion token" for key in ("eval/sft/loss",) if key in metrics]
-        print(f"\nheld-out loss {''.join(measured) or 'not measured'}")
+        loss = metrics.get("eval/sft/loss")
+        print(f"\nheld-out loss {'not measured' if loss is None else f'{loss:.4f} nats per completion token'}")
         print(f"model folder  {run.folder / 'model'}")
         print(f"next          python reward_model.py --model {run.folder / 'model'}")
 

@@ -432,9 +432,8 @@ def test_generate_is_the_slow_loop(policy, temperature):
             assert (row[end:] == PAD).all() and (row[:end] != PAD).all()
 
 
-WINDOWED = [
-    kind(**GROUPED, **SMALL, sliding_window=4) for kind in (MistralConfig, Gemma2Config)
-]  # below a query's length
+# windows below a query's length
+WINDOWED = [kind(**GROUPED, **SMALL, sliding_window=4) for kind in (MistralConfig, Gemma2Config)]
 
 
 @pytest.mark.parametrize("config", [x for x, _ in FAMILIES] + WINDOWED, ids=lambda x: x.model_type)

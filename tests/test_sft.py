@@ -497,11 +497,17 @@ def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch):
 
 
 def test_a_run_resumed_behind_its_last_step_says_that_it_measured_nothing(options, tmp_path, monkeypatch, capsys):
+    """With held-out rows, of which the run that is not interrupted says the last loss."""
+    options |= {"save_every": 3, "eval_dataset": options["dataset"]}
+    sft.main(sft.Args(**options | {"output_dir": str(tmp_path / "whole")}))
+    last = read_jsonl(tmp_path / "whole" / "metrics.jsonl")[-1]["eval/sft/loss"]
+    assert f"held-out loss {last:.4f} nats" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_after(3, patch)
-        sft.main(sft.Args(**options | {"save_every": 3}))
+        sft.main(sft.Args(**options))
     sft.main(sft.Args(resume=str(tmp_path / "run")))
-    assert "held-out loss not measured" in capsys.readouterr().out and (tmp_path / "run" / "model").exists()
+    assert "held-out loss not measured" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(options, tmp_path, capsys):
