@@ -200,8 +200,9 @@ def sample_tokens(logits, uniforms, temperature, bias=0.0):
     return (64 * block + index).squeeze(1)
 
 
-def decode_step(model, cache, tokens, position_ids, key_mask, uniforms, temperature, bias=0.0):
-    """Feed tokens (B,n) to the model and sample the next one (B,) of each row."""
+def decode_step(model, cache, tokens, key_mask, uniforms, temperature, bias=0.0):
+    """Feed tokens (B,n) to the model and sample the next one (B,) of each row. key_mask (B,S): slots that may be read."""
+    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # nothing may be read behind the tokens
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
     logits = model(tokens, **inputs, logits_to_keep=tokens.new_full((1,), -1)).logits  # no slice: see `predicting`
     return sample_tokens(logits[:, -1], uniforms, temperature, bias)
@@ -215,26 +216,25 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
     is pad_id behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: ended rows leave it."""
     (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
-    stop_ids, ended = torch.as_tensor(stop_ids, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
     prompt, prefill = DynamicCache(), step if drops else decode_step  # its keys are new: no CUDA graph may own them
-    inputs = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0), query_mask.long()
-    tokens = prefill(model, prompt, *inputs, uniforms[:, 0], temperature, bias)
-    key_mask = F.pad(query_mask.long(), (0, R))  # which cache slots may be read
+    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
+    tokens = prefill(model, prompt, queries, query_mask, uniforms[:, 0], temperature, bias)
     cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
+    key_mask, stop_ids = F.pad(query_mask, (0, R)), torch.as_tensor(stop_ids, device=device)
     for t in range(R):
-        responses[rows, t] = torch.where(ended, pad_id, tokens)
-        ended |= torch.isin(tokens, stop_ids) & (t >= min_length)
-        key_mask[:, P + t] = 1
-        alive = (~ended).nonzero().squeeze(1) if t % 8 == 7 or device.type == "cpu" else rows  # a GPU: a wait
-        if len(alive) == 0 or t == R - 1:
+        responses[rows, t], key_mask[:, P + t] = tokens, 1
+        if t == R - 1:
             break
-        if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # more often costs more copies; one row would compile anew
-            rows, ended, key_mask, tokens = (x[alive] for x in (rows, ended, key_mask, tokens))
-            cache.reorder_cache(alive)
-        inputs = tokens[:, None], key_mask.sum(1, keepdim=True) - 1, key_mask
-        tokens = step(model, cache, *inputs, uniforms[rows, t + 1], temperature, bias).clone()
-    return responses
+        if t % (2 if device.type == "cpu" else 8) == 1:  # asking makes a GPU wait
+            alive = (~torch.isin(responses[rows, min_length : t + 1], stop_ids).any(1)).nonzero().squeeze(1)
+            if len(alive) == 0:
+                break
+            if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # one row would compile anew
+                rows, key_mask, tokens = (x[alive] for x in (rows, key_mask, tokens))
+                cache.reorder_cache(alive)
+        tokens = step(model, cache, tokens[:, None], key_mask, uniforms[rows, t + 1], temperature, bias).clone()
+    return torch.where(response_mask(responses, stop_ids, min_length), responses, pad_id)
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------

@@ -165,14 +165,14 @@ BUGS = [
     Bug(
         "positions of the padding in sampling",
         "the same bug in the sampler alone: it is off the policy by the length of the padding",
-        "test_generate_is_the_slow_loop[gpt2-1.0]",
-        {"(query_mask.long().cumsum(1) - 1)": "(torch.ones_like(query_mask).long().cumsum(1) - 1)"},
+        "test_generate_is_the_slow_loop[gpt2-1.0] test_generate_does_not_see_padding_or_neighbours[gpt2]",
+        {"(key_mask.cumsum(1) - 1).clamp(min=0)[": "(torch.ones_like(key_mask).cumsum(1) - 1)["},
     ),
     Bug(
-        "positions of the padding behind the prefill",
-        "and in the tokens behind the first, whose positions are counted anew",
-        "test_generate_is_the_slow_loop[gpt2-0.7] test_generate_does_not_see_padding_or_neighbours",
-        {"key_mask.sum(1, keepdim=True) - 1": "torch.full_like(tokens[:, None], P + t)"},
+        "positions of the query behind the prefill",
+        "a step's token is the last that the mask counts, where the prefill begins with the first",
+        "test_generate_is_the_slow_loop[gpt2-0.7]",
+        {"[:, -tokens.shape[1] :]": "[:, : tokens.shape[1]]"},
     ),
     Bug(
         "unused ids kept by the scorer",
@@ -224,6 +224,18 @@ BUGS = [
         "a cumulative sum in two levels must take off what the blocks before have used up",
         "test_sample_is_the_inverse_cdf[1.0-200]",
         {".exp(), target - before)": ".exp(), target)"},
+    ),
+    Bug(
+        "tokens behind the stop",
+        "a row that has ended is sampled on until it leaves the batch, and what it says then is no response",
+        "test_stopping_early_changes_nothing test_generate_is_the_slow_loop[gpt2-1.0]",
+        {"torch.where(response_mask(responses, stop_ids, min_length), responses, pad_id)": "responses"},
+    ),
+    Bug(
+        "rows that leave before min_length",
+        "a stop that does not count ends nothing",
+        "test_stopping_early_changes_nothing[gpt2-6]",
+        {"responses[rows, min_length : t + 1]": "responses[rows, : t + 1]"},
     ),
     Bug(
         "another row's cache",

@@ -464,7 +464,8 @@ def test_generate_does_not_see_padding_or_neighbours(policy):
     assert not torch.equal(sample(policy, QUERIES, uniforms.flip(0)), responses)
 
 
-def test_stopping_early_changes_nothing(policy):
+@pytest.mark.parametrize("min_length", [0, 6])
+def test_stopping_early_changes_nothing(policy, min_length):
     """Two runs on the same uniforms: one stops when all rows have ended, one samples on and is cut afterwards."""
     uniforms, stop_ids, steps = uniform(4, 30, seed=5), [EOS, *range(2, 16)], []
 
@@ -472,10 +473,10 @@ def test_stopping_early_changes_nothing(policy):
         steps.append(1)
         return decode_step(*inputs)
 
-    short = sample(policy, QUERIES, uniforms, stop_ids=stop_ids, step=counted)
-    assert 0 < len(steps) < 29 and short.shape == (4, 30)
+    short = sample(policy, QUERIES, uniforms, stop_ids=stop_ids, step=counted, min_length=min_length)
+    assert min_length < len(steps) < 29 and short.shape == (4, 30)
     full = sample(policy, QUERIES, uniforms, stop_ids=[99])
-    assert torch.equal(short, full.masked_fill(~response_mask(full, stop_ids), PAD))
+    assert torch.equal(short, full.masked_fill(~response_mask(full, stop_ids, min_length), PAD))
 
 
 def test_dropping_ended_rows_changes_nothing(policy):
@@ -502,8 +503,8 @@ def test_the_prefill_reads_the_query_alone(policy):
     """Its attention has P keys, behind it P + R slots; with a cache that stays it is not `step`, which may be a CUDA graph."""
     reads = []
 
-    def noted(model, cache, tokens, positions, key_mask, *inputs):
-        sampled = decode_step(model, cache, tokens, positions, key_mask, *inputs)
+    def noted(model, cache, tokens, key_mask, *inputs):
+        sampled = decode_step(model, cache, tokens, key_mask, *inputs)
         reads.append((tokens.shape[1], key_mask.shape[1], cache.layers[0].keys.shape[2]))
         return sampled
 
