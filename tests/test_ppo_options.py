@@ -392,8 +392,8 @@ def test_stop_token_is_the_one_inside_a_text(settings, tmp_path, gpt2_folder):  
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_rlhf, "load_tokenizer", lambda path: Marking(original(path)))
         recording = recorded("response_mask", settings(tmp_path / "run", "letters", stop_token="a"))
-    [((_, stop_ids, _), _)] = recording
-    assert calls and set(stop_ids.tolist()) == {A, 1}
+    [((_, sampling_ends, _), _), ((_, stop_ids, _), _)] = recording  # in `generate` and behind it
+    assert calls and sampling_ends.tolist() == stop_ids.tolist() and set(stop_ids.tolist()) == {A, 1}
 
 
 def test_a_stop_token_that_melts_into_the_letter_before_it_is_refused():
@@ -422,8 +422,8 @@ def test_each_eos_of_a_model_ends_a_response_and_stays_in_its_config(name, setti
     config = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(config | {"eos_token_id": [1, A]}))
     calls = recorded("response_mask", settings(tmp_path / "run", "letters", model=str(tmp_path / "model")))
-    [((responses, stop_ids, _), mask)] = calls
-    assert stop_ids.tolist() == [1, A]
+    [((_, sampling_ends, _), _), ((responses, stop_ids, _), mask)] = calls  # in `generate` and behind it
+    assert sampling_ends.tolist() == stop_ids.tolist() == [1, A]
     last = responses.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
     assert (last == A).any() and ((responses == A) & mask).sum() == (last == A).sum()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
