@@ -230,7 +230,7 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
             alive = (~torch.isin(responses[rows, min_length : t + 1], stop_ids).any(1)).nonzero().squeeze(1)
             if len(alive) == 0:
                 break
-            if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # one row would compile anew
+            if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # copies cost; one row would compile anew
                 rows, key_mask, tokens = (x[alive] for x in (rows, key_mask, tokens))
                 cache.reorder_cache(alive)
         tokens = step(model, cache, tokens[:, None], key_mask, uniforms[rows, t + 1], temperature, bias).clone()
