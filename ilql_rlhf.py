@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
-from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, StaticCache, TopKLogitsWarper, TopPLogitsWarper
 
 from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_function, load_pretrained
 from utils import load_rows, prepare, progress, save_pretrained, seeded, wrap
@@ -219,8 +219,10 @@ def response_mask(responses, stop_ids, min_length=0):
     return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
 
 
-def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, beta, temperature=1.0, **options):
-    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest."""
+def steered_decode_step(ilql, cache, tokens, key_mask, uniforms, beta, temperature=1.0, **options):
+    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest.
+    key_mask (B,S): slots that may be read, none of them behind the tokens."""
+    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
     hidden = ilql.policy.base_model(tokens, **inputs).last_hidden_state[:, -1]
     probabilities = torch.softmax(ilql.steered_logits(hidden, beta, temperature=temperature, **options), dim=-1)
@@ -234,23 +236,21 @@ def steered_decode_step(ilql, cache, tokens, position_ids, key_mask, uniforms, b
 def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
     """Sample a response (B,R) to each left padded query (B,P); query_mask (B,P): real tokens; uniforms (B,R) in [0,1): all the
     randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
-    (B, P), R, device = queries.shape, uniforms.shape[1], queries.device
+    (B, P), R, device, prompt = queries.shape, uniforms.shape[1], queries.device, DynamicCache()
     cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
-    cache.reset()
-    step, stop_ids = step or steered_decode_step, torch.as_tensor(stop_ids, device=device)
-    responses, ended = torch.full((B, R), pad_id, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    key_mask = F.pad(query_mask.long(), (0, max(R, *(x.max_cache_len - P for x in cache.layers))))  # slots to be read
-    tokens, position_ids = queries.masked_fill(query_mask == 0, 0), (query_mask.long().cumsum(1) - 1).clamp(min=0)
-    beta, decode = torch.as_tensor(beta, device=device), steered_decode_step  # a number would be compiled as a constant
-    for t in range(R):
-        tokens = decode(ilql, cache, tokens, position_ids, key_mask, uniforms[:, t], beta, **options).clone()
-        responses[:, t] = torch.where(ended, pad_id, tokens)
-        ended |= torch.isin(tokens, stop_ids)
-        if t % 8 == 7 and ended.all():  # asking the device costs a wait, so not at every token
+    beta, stop_ids = torch.as_tensor(beta, device=device), torch.as_tensor(stop_ids, device=device)
+    responses, step = torch.full((B, R), pad_id, device=device), step or steered_decode_step
+    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
+    # The prefill reads the query alone, not the slots of the response, and its keys are new: no CUDA graph may own them.
+    responses[:, 0] = steered_decode_step(ilql, prompt, queries, query_mask, uniforms[:, 0], beta, **options)
+    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)]
+    key_mask = F.pad(query_mask, (0, max(R, *(x.max_cache_len - P for x in cache.layers))))  # slots to be read
+    for t in range(1, R):
+        if t % 8 == 0 and torch.isin(responses[:, :t], stop_ids).any(1).all():  # asking makes a GPU wait
             break
-        key_mask[:, P + t] = 1
-        tokens, position_ids, decode = tokens[:, None], position_ids[:, -1:] + 1, step
-    return responses
+        key_mask[:, P + t - 1] = 1
+        responses[:, t] = step(ilql, cache, responses[:, t - 1, None], key_mask, uniforms[:, t], beta, **options)
+    return torch.where(response_mask(responses, stop_ids), responses, pad_id)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------

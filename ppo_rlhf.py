@@ -219,21 +219,20 @@ def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id
     responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
     prompt, prefill = DynamicCache(), step if drops else decode_step  # its keys are new: no CUDA graph may own them
     queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
-    tokens = prefill(model, prompt, queries, query_mask, uniforms[:, 0], temperature, bias)
+    responses[:, 0] = prefill(model, prompt, queries, query_mask, uniforms[:, 0], temperature, bias)
     cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
     key_mask, stop_ids = F.pad(query_mask, (0, R)), torch.as_tensor(stop_ids, device=device)
-    for t in range(R):
-        responses[rows, t], key_mask[:, P + t] = tokens, 1
-        if t == R - 1:
-            break
-        if t % (2 if device.type == "cpu" else 8) == 1:  # asking makes a GPU wait
-            alive = (~torch.isin(responses[rows, min_length : t + 1], stop_ids).any(1)).nonzero().squeeze(1)
+    for t in range(1, R):
+        key_mask[:, P + t - 1] = 1
+        if t % (2 if device.type == "cpu" else 8) == 0:  # asking makes a GPU wait
+            alive = (~torch.isin(responses[rows, min_length:t], stop_ids).any(1)).nonzero().squeeze(1)
             if len(alive) == 0:
                 break
             if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # copies cost; one row would compile anew
-                rows, key_mask, tokens = (x[alive] for x in (rows, key_mask, tokens))
+                rows, key_mask = rows[alive], key_mask[alive]
                 cache.reorder_cache(alive)
-        tokens = step(model, cache, tokens[:, None], key_mask, uniforms[rows, t + 1], temperature, bias).clone()
+        tokens = responses[rows, t - 1, None]
+        responses[rows, t] = step(model, cache, tokens, key_mask, uniforms[rows, t], temperature, bias)
     return torch.where(response_mask(responses, stop_ids, min_length), responses, pad_id)
 
 
@@ -480,8 +479,9 @@ def main(args):
         own.data = parameter.data if args.precision == "fp32" else own.data.bfloat16()  # rotary buffers stay fp32
     step, models = decode_step, torch.nn.ModuleList(filter(None, (actor_critic, reference, reward_model)))
     if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
-        options = {"triton.cudagraphs": cuda, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=options)  # modules stay
+        stays = torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe
+        options = {"triton.cudagraphs": cuda, "guard_filter_fn": lambda x: [*map(all, zip(*(f(x) for f in stays)))]}
+        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=options)
         masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
         torch._dynamo.config.recompile_limit = 256  # graphs of one function, which all layers are
         [x.compile(dynamic=True) for x in models.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]

@@ -165,6 +165,18 @@ MUTANTS = {
         'steer(logits, self.values("q", hidden)',
         (decoding,),
     ),
+    "positions of the slots, padding counted": (
+        "(key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]",
+        "(torch.ones_like(key_mask).cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]",
+        (decoding,),
+    ),
+    "the last token cannot be read": ("key_mask[:, P + t - 1] = 1", "key_mask[:, P + t - 2] = 1", (decoding,)),
+    "an end to all with the first row's": (".any(1).all():", ".any(1).any():", (decoding,)),
+    "tokens behind the stop": (
+        "torch.where(response_mask(responses, stop_ids), responses, pad_id)",
+        "responses",
+        (decoding,),
+    ),
     "temperature on the sum": (
         "float() / (temperature or 1.0) + bias\n",
         "float() + bias\n        beta = beta / (temperature or 1.0)\n",

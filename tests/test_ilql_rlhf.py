@@ -512,6 +512,24 @@ def test_generate_steered_is_the_slow_loop(folder, beta, temperature):
 
 
 @torch.no_grad()
+def test_decoding_ends_soon_after_all_rows_have_ended(gpt2_folder):
+    """Looked up every eighth token, so after 8 of 20 where all end at once; the cache of the next call is none the worse."""
+    ilql, steps = build(gpt2_folder), []
+
+    def counting(*inputs, **options):
+        steps.append(inputs[2].shape)
+        return ilql_rlhf.steered_decode_step(*inputs, **options)
+
+    uniforms, every = uniform(4, 20, seed=3), torch.arange(31)
+    cache = ilql_rlhf.StaticCache(config=ilql.policy.config, max_cache_len=7 + 20)
+    for stop_ids, expected in ((every, 7), ([99], 19), (every, 7)):
+        steps.clear()
+        responses = sample(ilql, uniforms, 1.5, step=counting, cache=cache, stop_ids=stop_ids)
+        assert steps == [(4, 1)] * expected
+        assert (responses == PAD).any(1).tolist() == [len(stop_ids) == 31] * 4
+
+
+@torch.no_grad()
 def test_cuts_are_made_under_the_behaviour_policy_before_the_shift(gpt2_folder):
     ilql = build(gpt2_folder)
     hidden = normal(6, 16, dtype=torch.float32)
