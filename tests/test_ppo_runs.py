@@ -98,7 +98,7 @@ def same_weights(first, second):
 
 def architecture(folder):
     """What a compiled graph knows of a model, as text: its config but for the ids of special tokens."""
-    path = Path(folder) / "config.json"
+    path = Path(folder or "nowhere") / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     return str(sorted(item for item in config.items() if not item[0].endswith("_token_id")))
 
