@@ -220,9 +220,8 @@ def response_mask(responses, stop_ids, min_length=0):
 
 
 def steered_decode_step(ilql, cache, tokens, key_mask, uniforms, beta, temperature=1.0, **options):
-    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest.
-    key_mask (B,S): slots that may be read, none of them behind the tokens."""
-    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest."""
+    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # nothing may be read behind the tokens
     inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
     hidden = ilql.policy.base_model(tokens, **inputs).last_hidden_state[:, -1]
     probabilities = torch.softmax(ilql.steered_logits(hidden, beta, temperature=temperature, **options), dim=-1)
@@ -241,10 +240,9 @@ def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id
     beta, stop_ids = torch.as_tensor(beta, device=device), torch.as_tensor(stop_ids, device=device)
     responses, step = torch.full((B, R), pad_id, device=device), step or steered_decode_step
     queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
-    # The prefill reads the query alone, not the slots of the response, and its keys are new: no CUDA graph may own them.
     responses[:, 0] = steered_decode_step(ilql, prompt, queries, query_mask, uniforms[:, 0], beta, **options)
-    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)]
-    key_mask = F.pad(query_mask, (0, max(R, *(x.max_cache_len - P for x in cache.layers))))  # slots to be read
+    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
+    key_mask = F.pad(query_mask, (0, max(R, *(x.get_max_length() - P for x in cache.layers))))  # slots to be read
     for t in range(1, R):
         if t % 8 == 0 and torch.isin(responses[:, :t], stop_ids).any(1).all():  # asking makes a GPU wait
             break
@@ -417,7 +415,9 @@ def main(args):
     check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
     torch.manual_seed(args.seed)
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    if max(limits[0], P + R) > getattr(policy.config, "max_position_embeddings", math.inf):
+    rope = getattr(policy.config, "rope_parameters", None) or {}
+    first = [rope.get("original_max_position_embeddings")] * (rope.get("rope_type") == "longrope")  # then other angles
+    if max(limits[0], P + R) > min([getattr(policy.config, "max_position_embeddings", math.inf), *first]):
         raise UserError(f"--max_length: {limits[0]} or {P} + {R} tokens are more than the positions of {args.model}")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -427,8 +427,8 @@ def main(args):
     cache, x = StaticCache(config=policy.config, max_cache_len=P + R), torch.zeros(1, 1).long()  # x: one id
     plain = not getattr(policy.config, "final_logit_softcapping", None)
     plain &= torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
-    if not plain or policy.config.model_type == "gpt_neo" or "Linear" in str([type(layer) for layer in cache.layers]):
-        raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally or linearly")
+    if not plain or policy.config.model_type == "gpt_neo" or any(x in str(cache.layers) for x in ("Linear", "Indexed")):
+        raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally, linearly or by index")
     ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.q_rows, **statistics).to(device)
     if args.q_rows == "embeddings":  # what enters the heads is standardised, over the states of some rows
         ids, real, states, *_, mask = collate_actions(rows[:: -(-len(rows) // 128)], limits, 128, device)

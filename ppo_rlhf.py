@@ -211,9 +211,9 @@ def decode_step(model, cache, tokens, key_mask, uniforms, temperature, bias=0.0)
 @torch.no_grad()
 def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, bias=0.0, min_length=0,
              step=decode_step, cache=None):  # fmt: skip
-    """Sample a response (B,R) to each left padded query (B,P): one `step`, perhaps compiled, per token; the first of them reads
-    the query. query_mask (B,P): real tokens. uniforms (B,R) in [0,1): all the randomness. bias (V,): as in `logit_bias`. A row
-    is pad_id behind its first stop id at an index >= min_length. cache: kept whole (CUDA graphs); none: ended rows leave it."""
+    """Sample a response (B,R) to each left padded query (B,P), one `step`, perhaps compiled, per token; with a cache, of P + R
+    slots and kept whole, plain `decode_step` reads the query; without, ended rows leave. query_mask (B,P): real tokens. uniforms
+    (B,R) in [0,1): all randomness. bias (V,): `logit_bias`. A row is pad_id behind its first stop id at an index >= min_length."""
     (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
     cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
     responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
@@ -439,8 +439,9 @@ def load_models(args, tokenizer, num_positions, device):
     lists = [x.eos_token_id for x in (policy.config, policy.generation_config) if isinstance(x.eos_token_id, list)]
     eos = sorted({*sum(lists, [tokenizer.eos_token_id])}) if lists else tokenizer.eos_token_id
     for model in filter(None, (policy, critic, reward_model)):
-        names = ("max_position_embeddings", "original_max_position_embeddings", "window_size")  # longrope's first limit
-        limits = [getattr(model.config, name, None) for name in names]
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "window_size")]
+        if (rope := getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])  # behind it, it turns otherwise
         if num_positions > min(filter(None, limits), default=num_positions):  # a static cache confuses GPT-Neo's window
             raise UserError(f"--response_length: {num_positions} positions with the prompt, more than a model has")
         model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
@@ -497,8 +498,7 @@ def main(args):
     run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg"]
     shown += ["val/explained_var", "optim/skipped"]
-    if args.resume:
-        state = run.load_checkpoint()
+    if args.resume and (state := run.load_checkpoint()):
         actor_critic.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         done, controller.kl_coef, moments = state["step"], state["kl_coef"], state["moments"].to(device)
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):

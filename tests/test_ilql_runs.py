@@ -15,6 +15,7 @@ from conftest import RecordingSGD, assert_same_gradients, build_tokenizer, read_
 from safetensors.torch import load_file
 from test_ilql_rlhf import TEMPLATE, turns
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
@@ -23,6 +24,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -466,6 +468,33 @@ def test_linear_attention_is_refused(settings, tmp_path, gpt2_folder):
     AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "mamba")
     with pytest.raises(utils.UserError, match="mamba: .*linearly"):
         run(settings(tmp_path / "run", model=str(tmp_path / "mamba")))
+
+
+def test_attention_by_an_index_is_refused(settings, tmp_path, gpt2_folder):
+    """The keys that such a layer chooses by are no part of the plain cache that the prefill fills."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    sizes |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
+    sizes |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "index_n_heads": 2}
+    sizes |= {"index_head_dim": 8, "index_topk": 4}
+    AutoConfig.for_model("deepseek_v32", vocab_size=31, **sizes).save_pretrained(tmp_path / "indexed")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "indexed")
+    with pytest.raises(utils.UserError, match="indexed: .*by index"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "indexed")))
+
+
+def test_positions_behind_which_longrope_turns_otherwise_are_refused(settings, tmp_path, gpt2_folder):
+    """Keys in a cache were turned by the frequencies in front of that limit; a longer row turns those beside it, too."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    for limit in (5, 64):
+        rope["original_max_position_embeddings"] = limit
+        config = LlamaConfig(vocab_size=31, max_position_embeddings=65, rope_parameters=rope, **sizes)
+        config.save_pretrained(tmp_path / str(limit))
+        AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / str(limit))
+    with pytest.raises(utils.UserError, match="--max_length: .* tokens are more than the positions of"):
+        run(settings(tmp_path / "run", model=str(tmp_path / "5")))
+    run(settings(tmp_path / "run", model=str(tmp_path / "64")))
 
 
 @pytest.mark.parametrize("seed", [2, 3])

@@ -33,6 +33,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    LlamaConfig,
     Phi3Config,
     Qwen3NextConfig,
 )
@@ -552,13 +553,16 @@ def test_a_model_of_images_and_text_is_refused(settings, tmp_path, gpt2_folder):
     refused_config(config, settings, tmp_path, gpt2_folder, "--model .*not text alone")
 
 
-def test_positions_behind_which_longrope_turns_otherwise_are_refused(settings, tmp_path, gpt2_folder):  # noqa: F811
+@pytest.mark.parametrize("family", [Phi3Config, LlamaConfig])
+def test_positions_behind_which_longrope_turns_otherwise_are_refused(family, settings, tmp_path, gpt2_folder):  # noqa: F811
     """Behind `original_max_position_embeddings` it takes other frequencies, for all rows as soon as one is that long: a
-    log-probability would depend on the rows beside it."""
+    log-probability would depend on the rows beside it. Only Phi has the limit in its config as well."""
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    limits = {"max_position_embeddings": 64, "original_max_position_embeddings": 20}
-    config = Phi3Config(
+    factors["original_max_position_embeddings"] = 20
+    limits = {"max_position_embeddings": 64}
+    limits |= {"original_max_position_embeddings": 20} if family is Phi3Config else {}
+    config = family(
         vocab_size=31, pad_token_id=0, bos_token_id=1, eos_token_id=1, rope_parameters=factors, **sizes, **limits
     )
     refused_config(config, settings, tmp_path, gpt2_folder, "--response_length: 23 positions")
