@@ -14,4 +14,4 @@ if [ ! -e "$installed" ]; then
 fi
 ruff check .
 ruff format --check .
-python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"  # two processes, each with whole files
+python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"  # two processes
