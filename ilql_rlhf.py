@@ -237,9 +237,9 @@ def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id
     randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
     (B, P), R, device, prompt = queries.shape, uniforms.shape[1], queries.device, DynamicCache()
     cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
-    beta, stop_ids = torch.as_tensor(beta, device=device), torch.as_tensor(stop_ids, device=device)
+    beta, stop_ids = torch.as_tensor(beta, device=device), torch.as_tensor(stop_ids, device=device)  # no constants
     responses, step = torch.full((B, R), pad_id, device=device), step or steered_decode_step
-    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
+    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()  # eager: no graph owns the keys
     responses[:, 0] = steered_decode_step(ilql, prompt, queries, query_mask, uniforms[:, 0], beta, **options)
     cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
     key_mask = F.pad(query_mask, (0, max(R, *(x.get_max_length() - P for x in cache.layers))))  # slots to be read
@@ -416,7 +416,7 @@ def main(args):
     torch.manual_seed(args.seed)
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     rope = getattr(policy.config, "rope_parameters", None) or {}
-    first = [rope.get("original_max_position_embeddings")] * (rope.get("rope_type") == "longrope")  # then other angles
+    first = [rope.get("original_max_position_embeddings")] * (rope.get("rope_type") == "longrope")  # its angles change
     if max(limits[0], P + R) > min([getattr(policy.config, "max_position_embeddings", math.inf), *first]):
         raise UserError(f"--max_length: {limits[0]} or {P} + {R} tokens are more than the positions of {args.model}")
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:

@@ -172,11 +172,7 @@ MUTANTS = {
     ),
     "the last token cannot be read": ("key_mask[:, P + t - 1] = 1", "key_mask[:, P + t - 2] = 1", (decoding,)),
     "an end to all with the first row's": (".any(1).all():", ".any(1).any():", (decoding,)),
-    "tokens behind the stop": (
-        "torch.where(response_mask(responses, stop_ids), responses, pad_id)",
-        "responses",
-        (decoding,),
-    ),
+    "tokens behind the stop": ("(response_mask(responses, stop_ids),", "(torch.tensor(True),", (decoding,)),
     "temperature on the sum": (
         "float() / (temperature or 1.0) + bias\n",
         "float() + bias\n        beta = beta / (temperature or 1.0)\n",

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from conftest import read_jsonl, refuses, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ilql_rlhf
 import ppo_rlhf
@@ -554,6 +554,21 @@ def test_cuts_are_made_under_the_behaviour_policy_before_the_shift(gpt2_folder):
         not early[tokens].isfinite().all()
         for early, tokens in zip(ilql.steered_logits(hidden, 5.0, BIAS, top_k=3), late)
     )
+
+
+@torch.no_grad()
+def test_layers_that_share_their_keys_are_steered():
+    """Such a layer has no slots of its own in the cache: at beta 0 the tokens are those of PPO's sampler."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8}
+    sizes |= {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 31, "hidden_size_per_layer_input": 4}
+    config = AutoConfig.for_model("gemma4_text", vocab_size=31, final_logit_softcapping=None, **sizes)
+    torch.manual_seed(0)
+    ilql = ilql_rlhf.ILQL(AutoModelForCausalLM.from_config(config).eval(), 2)
+    uniforms = uniform(4, 12, seed=1)
+    queries, query_mask = ppo_rlhf.left_pad(QUERIES, 7, PAD, "cpu")
+    expected = ppo_rlhf.generate(ilql.policy, queries, query_mask, uniforms, 1.0, [EOS], PAD, BIAS)
+    assert torch.equal(sample(ilql, uniforms, 0.0), expected)
 
 
 @torch.no_grad()
