@@ -481,10 +481,10 @@ def main(args):
     step, models = decode_step, torch.nn.ModuleList(filter(None, (actor_critic, reference, reward_model)))
     if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
         stays = torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe
-        options = {"triton.cudagraphs": cuda, "guard_filter_fn": lambda x: [*map(all, zip(*(f(x) for f in stays)))]}
-        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=options)
+        tuning = {"triton.cudagraphs": cuda, "guard_filter_fn": lambda x: [*map(all, zip(*(f(x) for f in stays)))]}
+        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=tuning | {"cpp_wrapper": not cuda})
         masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
-        torch._dynamo.config.recompile_limit = 256  # graphs of one function, which all layers are
+        (dynamo := torch._dynamo.config).recompile_limit, dynamo.specialize_float = 256, True  # layers; temperature
         [x.compile(dynamic=True) for x in models.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
         actor_critic.logprobs = frozen.logprobs = torch.compile(token_logprobs, dynamic=True)
     num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
