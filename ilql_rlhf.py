@@ -369,7 +369,7 @@ def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not args.reward_model:
             answers = scorer([row["prompt"] for row in rows], texts, **columns)
-            answers = [] if answers is None else answers  # a function that returns nothing
+            answers = answers if hasattr(answers, "__iter__") else []  # nothing, or one number for all
             scores = torch.tensor([math.nan if isinstance(x, str | None) else float(x) for x in answers])
         else:  # at the last real token
             whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]

@@ -99,7 +99,7 @@ class Args:
     early_stop_kl: float | None = None
     """an update ends before a step (never its first) whose minibatch has policy/approxkl_avg above this; none: never"""
     normalize_scores: bool = False
-    """subtract the running mean of all scores so far and divide by their running standard deviation"""
+    """subtract the running mean of all scores so far, --missing_eos_score apart, and divide by their standard deviation"""
     cliprange_score: float | None = None
     """scores are clipped to -cliprange_score .. cliprange_score, after normalisation; none: never"""
     whiten_rewards: bool = False

@@ -26,10 +26,10 @@ class UserError(Exception):
 
 
 def launch(main, args):
-    """Run `main(args)`; a UserError ends in one line, from rank 0 or, once they are connected, any rank; exit code 1."""
+    """Run `main(args)`; a mistake ends in one line, from rank 0 or, once they are connected, any rank; exit code 1."""
     try:
         main(args)
-    except UserError as error:
+    except (UserError, FileExistsError, NotADirectoryError) as error:  # or a run folder that cannot be made
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         (os._exit if dist.is_initialized() else sys.exit)(1)  # with other ranks in a collective, do not wait for them

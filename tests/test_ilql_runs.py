@@ -49,6 +49,9 @@ def nothing(prompts, responses, **columns):
 
 def no_return(prompts, responses, **columns):
     [1.0] * len(responses)
+
+def one_number(prompts, responses, **columns):
+    return 0.5
 """
 COMPLETIONS = ["a", "bc", "aab", "dab", "ca", "aaaa", "bb", "cdcd", "ab", "b", "ac", "daa"]
 KEYS = {
@@ -599,7 +602,7 @@ def test_mistakes_that_need_the_model(settings, tmp_path, capsys, monkeypatch):
     refuses(capsys, "ilql_rlhf", settings(tmp_path / "run", eval_samples=3), "--eval_samples")
 
 
-@pytest.mark.parametrize("name", ["too_few", "not_a_number", "nothing", "no_return"])
+@pytest.mark.parametrize("name", ["too_few", "not_a_number", "nothing", "no_return", "one_number"])
 def test_a_reward_function_that_answers_nonsense(name, settings, tmp_path):
     flags = settings(tmp_path / "run", reward_fn=f"{settings.folder / 'rewards.py'}:{name}")
     with pytest.raises(utils.UserError, match=f"{name}: not a finite number for each response"):

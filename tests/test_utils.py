@@ -505,6 +505,22 @@ def test_launch_turns_a_user_error_into_one_line(capsys):
         utils.launch(lambda args: 1 / 0, None)
 
 
+@pytest.mark.parametrize("name", ["there", "file/run"])
+def test_a_run_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, name):
+    """Another run has made it since the flags were read (two runs of one seed in one second), or a file is in its way."""
+    (tmp_path / "there" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").touch()
+
+    def main(args):
+        utils.Run(args, utils.Ranks(0, 1, torch.device("cpu")), "ppo_rlhf")
+
+    with pytest.raises(SystemExit) as caught:
+        utils.launch(main, ppo_rlhf.Args(output_dir=str(tmp_path / name)))
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and error.startswith("error: ") and str(tmp_path / name) in error
+    assert error.count("\n") == 1
+
+
 def test_check_divides():
     utils.check_divides(4, 8, "--batch_size by the number of ranks")
     for divisor, number in [(3, 8), (0, 8), (2, 0)]:
