@@ -58,13 +58,6 @@ BUGS = [
         "utils.py",
     ),
     Bug(
-        "a symbolic option breaks the graph of every layer",
-        "Llama hands its attention a number that is symbolic when compiled for all sizes; asked for an attribute, it cannot",
-        "test_layers_share_a_graph_for_all_lengths[llama]",
-        {"torch.is_tensor(x) and x.ndim > 2": 'getattr(x, "ndim", 0) > 2'},
-        "utils.py",
-    ),
-    Bug(
         "no mask where nothing is padded",
         "the library then asks a GPU, which waits, and every layer has two graphs, one for each answer",
         "test_layers_share_a_graph_for_all_lengths[gpt2]",
