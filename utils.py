@@ -40,9 +40,9 @@ def init_ranks():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
     torch.get_device_module(device).set_device(device), torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients
-    if not cuda:  # less time: the causal mask once, not in each softmax; exp for tanh; ReLU's backward from its output
+    if not cuda:  # less time: longer chains are stored; exp for tanh; ReLU's backward from its output
         config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
-        config.realize_opcount_threshold, config.cpp.use_decompose_tanh, aot.aggressive_recomputation = 12, True, True
+        config.realize_opcount_threshold, config.cpp.use_decompose_tanh, aot.recompute_views = 12, True, True
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
@@ -52,12 +52,12 @@ def init_ranks():
 
 
 def wrap(module, ranks, compiled=False):
-    """The module that the loss goes through: compiled if asked, gradients averaged over ranks."""
+    """The module that the loss goes through: compiled if asked (the causal mask once on CPU), gradients averaged over ranks."""
     if compiled:  # the gradient of an embedding by torch's own kernel: the compiler's adds up in no fixed order
         op, torch.compiler.config.cache_key_tag = torch.ops.aten.embedding_dense_backward, "no graph of other settings"
         importlib.import_module("torch._inductor.lowering").make_fallback(op, warn=False)
         torch._inductor.decomposition.select_decomp_table().pop(op.default, None)
-        module = torch.compile(module)
+        module = torch.compile(module, options=None if torch.cuda.is_available() else {"realize_opcount_threshold": 10})
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 

@@ -722,7 +722,7 @@ def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path):
         n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0
     ).save_pretrained(tmp_path)
     body = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0].base_model
-    hidden, codes = run_and_get_code(torch.compile(body), ids, attention_mask=mask, use_cache=False)
+    hidden, codes = run_and_get_code(utils.wrap(body, ONE, True), ids, attention_mask=mask, use_cache=False)
     expected = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(hidden.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     calls = []
