@@ -40,9 +40,9 @@ def init_ranks():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
     torch.get_device_module(device).set_device(device), torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients
-    if not cuda:  # less time: longer chains are stored; exp for tanh; ReLU's backward from its output
+    if not cuda:  # less time: tanh from exp; ReLU's backward from its output
         config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
-        config.realize_opcount_threshold, config.cpp.use_decompose_tanh, aot.recompute_views = 12, True, True
+        config.cpp.use_decompose_tanh, aot.recompute_views = True, True
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:

@@ -81,7 +81,7 @@ class Args:
     """rounds: measured turns of each contender"""
     warmup: int = 2
     """turns of each contender before the first that counts"""
-    trainer_steps: int = 2
+    trainer_steps: int = 6
     """optimizer steps in a turn of sft, reward_model and ilql"""
     decode_steps: int = 4
     """batches in a turn of decode: with geometric lengths the number of tokens differs from batch to batch"""
