@@ -97,30 +97,34 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class Scorer(torch.nn.Module):
-    """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward. The last
-    layer's MLP, which mixes no tokens and of which one token is read, computes that one alone (its output is 0 elsewhere)."""
+    """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward. Of the last
+    layer one token is read: its attention (`reads`, in utils) and MLP compute that one alone, and are 0 elsewhere."""
 
     is_last = None  # (B,T) while a forward runs: outside of it the model is whole
 
     def __init__(self, model):
         super().__init__()
-        self.model, layers = model, getattr(model.base_model, "layers", getattr(model.base_model, "h", [None]))
-        if (mlp := getattr(layers[-1], "mlp", None)) is not None:
-            mlp.register_forward_pre_hook(self.take_last), mlp.register_forward_hook(self.put_last)
+        self.model, nothing = model, torch.nn.Identity()
+        last = getattr(model.base_model, "layers", getattr(model.base_model, "h", [nothing]))[-1]
+        self.attention = getattr(last, "self_attn", getattr(last, "attn", nothing))
+        for name, part in last.named_modules():
+            if name in ("mlp", "self_attn.o_proj", "attn.c_proj"):
+                part.register_forward_pre_hook(self.take_last), part.register_forward_hook(self.put_last)
 
-    def take_last(self, mlp, inputs):
+    def take_last(self, part, inputs):
         if self.is_last is not None and len(inputs) == 1 and inputs[0].ndim == 3:  # (B,T,d), no residual beside it
-            last = self.is_last.long().argmax(1)
-            return inputs[0][torch.arange(len(last), device=last.device), last][:, None]
+            return inputs[0][self.attention.reads][:, None]
 
-    def put_last(self, mlp, inputs, output):
+    def put_last(self, part, inputs, output):
         if self.is_last is not None and isinstance(output, torch.Tensor) and output.shape[1] == 1:
             return torch.where(self.is_last[:, :, None], output, 0.0)
 
     def forward(self, input_ids, attention_mask):
         position = attention_mask.long() * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         self.is_last = position == position.amax(1, keepdim=True)
-        scores, self.is_last = last_token_scores(self.model, input_ids, attention_mask), None
+        self.attention.reads = torch.arange(len(position), device=position.device), position.argmax(1)
+        scores = last_token_scores(self.model, input_ids, attention_mask)
+        self.is_last = self.attention.reads = None
         return scores
 
 
@@ -184,8 +188,7 @@ def encode_pair(tokenizer, prompt, response):
 
 def encode_comparisons(rows, tokenizer, args, path):
     """[(chosen_ids, rejected_ids, margin)] of the rows that fit; margin is 0 where there is none."""
-    has_margin = args.use_margin and "margin" in rows.column_names
-    encoded = []
+    has_margin, encoded = args.use_margin and "margin" in rows.column_names, []
     for number, row in enumerate(rows, start=1):
         margin = row["margin"] if has_margin else 0.0
         if not isinstance(margin, int | float) or not abs(margin) < 1e30:
@@ -283,8 +286,7 @@ def main(args):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id, model.config.score_mean = tokenizer.pad_token_id, 0.0
     model.to(ranks.device)
-    scorer = Scorer(model)
-    train_model = wrap(scorer, ranks, args.compile)
+    train_model = wrap(scorer := Scorer(model), ranks, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
     steps_per_epoch = -(-len(rows) // args.batch_size)
@@ -293,8 +295,7 @@ def main(args):
     size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
     if args.resume:
         state = run.load_checkpoint()
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     for step in progress(done, num_steps, ranks, "reward_model"):
         # 1. batch
@@ -317,8 +318,7 @@ def main(args):
             means.add({"train/rm/loss": losses, **stats}, mask)
 
         # 3. update
-        lr = args.lr * (1 - (step - 1) / num_steps)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (step - 1) / num_steps)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()

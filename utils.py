@@ -40,9 +40,8 @@ def init_ranks():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
     importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
     torch.get_device_module(device).set_device(device), torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients
-    if not cuda:  # less time: tanh from exp; ReLU's backward from its output
-        config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
-        config.cpp.use_decompose_tanh, aot.recompute_views = True, True
+    config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
+    config.cpp.use_decompose_tanh = aot.recompute_views = not cuda  # tanh from exp; ReLU's backward from its output
     if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
         ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     if "RANK" in os.environ:
@@ -166,8 +165,11 @@ def causal_attention(module, query, key, value, attention_mask, **options):
     causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
     if not causal or query.shape[2] != key.shape[2] or any(torch.is_tensor(x) and x.ndim > 2 for x in options.values()):
         return plain(module, query, key, value, mask, **options)
-    first = plain(module, query[:, :, :h], key[:, :, :h], value[:, :, :h], mask[..., :h, :h], **options)[0]
-    return torch.cat([first, plain(module, query[:, :, h:], key, value, mask[..., h:, :], **options)[0]], 1), None
+    parts = [(query[:, :, a:b], key[:, :, :b], value[:, :, :b], mask[..., a:b, :b]) for a, b in ((0, h), (h, None))]
+    if (reads := getattr(module, "reads", None)) is not None:  # indices into (B,T): one token a row is read
+        one, mask = (x.transpose(1, 2)[reads][:, :, None] for x in (query, mask))
+        parts = [(one, key, value, mask)]
+    return torch.cat([plain(module, *x, **options)[0] for x in parts], 1).expand(-1, query.shape[2], -1, -1), None
 
 
 def load_pretrained(auto_class, path, may_miss=(), **options):
@@ -229,8 +231,7 @@ def progress(done, total, ranks, name):
 def save_pretrained(folder, *parts):
     """Write models and tokenizers into one folder that appears complete or not at all."""
     [part.save_pretrained(f"{folder}.tmp") for part in parts]
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped between its last two folders
-    os.rename(f"{folder}.tmp", folder)
+    shutil.rmtree(folder, ignore_errors=True), os.rename(f"{folder}.tmp", folder)  # left by a run stopped right here
 
 
 class Run:
@@ -277,8 +278,7 @@ class Run:
         """Everything that resuming needs, under a temporary name until it is complete."""
         if self.is_main:
             path = self.folder / "checkpoints" / f"step_{step:06d}.pt"
-            torch.save({"step": step, **state}, f"{path}.tmp")
-            os.rename(f"{path}.tmp", path)
+            torch.save({"step": step, **state}, f"{path}.tmp"), os.rename(f"{path}.tmp", path)
 
     def load_checkpoint(self):
         """The newest complete checkpoint, on CPU; metric and sample lines written after it are cut off."""

@@ -91,6 +91,20 @@ BUGS = [
         "utils.py",
     ),
     Bug(
+        "all queries where one is read",
+        "a reward model reads one token behind its last layer, whose softmax is over all pairs of tokens then",
+        "test_attention_for_the_one_token_of_a_row_that_is_read",
+        {'(reads := getattr(module, "reads", None)) is not None': "(reads := None)"},
+        "utils.py",
+    ),
+    Bug(
+        "the first row's token in every row",
+        "rows are padded differently, so that the token that is read stands elsewhere in each",
+        "test_attention_for_the_one_token_of_a_row_that_is_read",
+        {"x.transpose(1, 2)[reads][:, :, None] for x": "x[:, :, reads[1][:1]] for x"},
+        "utils.py",
+    ),
+    Bug(
         "gradients added in no fixed order",
         "the compiler's own gradient of an embedding: a run that is resumed ends elsewhere",
         "test_compiled_gradients_of_an_embedding_are_the_same_every_time",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import AttentionInterface, AutoModelForSequenceClassification, GPT2LMHeadModel
 
 import reward_model
 import utils
@@ -177,7 +177,8 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
 
 
 @pytest.mark.parametrize(("config", "mlp"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
-def test_the_last_mlp_computes_the_token_that_is_scored(config, mlp):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])  # plain as on CPU, or torch's as on CUDA
+def test_the_last_layer_computes_the_token_that_is_scored(config, mlp, attention):
     tokens = {"alone": 5, "residual": 60, None: None}[mlp]  # of five rows of twelve
 
     def scores_and_gradients(function, *model):
@@ -187,24 +188,32 @@ def test_the_last_mlp_computes_the_token_that_is_scored(config, mlp):
         return scores, [x.grad if x.grad is None else x.grad.double().numpy() for x in whole.parameters()]
 
     torch.manual_seed(0)
-    whole = AutoModelForSequenceClassification.from_config(config).eval()
+    AttentionInterface.register("eager", utils.causal_attention)  # as utils.load_pretrained does
+    try:
+        whole = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    except ValueError:
+        pytest.skip("no such attention")
     input_ids, attention_mask = padded(SEQUENCES, 2, 3, 0)
     scores, gradients = scores_and_gradients(reward_model.last_token_scores, whole)
-    names, scorer, given = list(whole.state_dict()), reward_model.Scorer(whole), []
-    if tokens is not None:
-        mlp = getattr(whole.base_model, "layers", getattr(whole.base_model, "h", None))[-1].mlp
-        mlp.register_forward_pre_hook(lambda mlp, inputs: given.append(inputs[0].shape[:2].numel()))
+    names, scorer, given, projected = list(whole.state_dict()), reward_model.Scorer(whole), [], []
+    last = getattr(whole.base_model, "layers", getattr(whole.base_model, "h", [torch.nn.Identity()]))[-1]
+    for name, part in last.named_modules():
+        if name in ("mlp", "self_attn.o_proj", "attn.c_proj"):
+            met = given if name == "mlp" else projected
+            part.register_forward_pre_hook(lambda part, inputs, met=met: met.append(inputs[0].shape[:2].numel()))
     ours, our_gradients = scores_and_gradients(scorer)
     assert torch.allclose(ours, scores, atol=1e-5) and scores.std() > 0.1
     assert [x is None for x in our_gradients] == [x is None for x in gradients]
     assert_same_gradients(*([[x for x in step if x is not None]] for step in (our_gradients, gradients)))
     assert given == [tokens] * (tokens is not None) and list(whole.state_dict()) == names
+    assert projected == [5] * (config.model_type not in ("falcon", "bloom", "opt"))  # (other names)
     others = padded(SEQUENCES[1:], 0, 1, 0)
     again = scorer(*others)
     assert again.tolist() == pytest.approx(scores[1:].tolist(), abs=1e-5)
     assert reward_model.last_token_scores(whole, *others).tolist() == pytest.approx(again.tolist(), abs=1e-5)
     if tokens is not None:
         assert given[-1] == others[0].numel()  # beside the scorer the model is whole
+    assert projected[2:] == [others[0].numel()] * bool(projected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

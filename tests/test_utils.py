@@ -588,6 +588,28 @@ def test_causal_attention_is_attention(kind, T, tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_attention_for_the_one_token_of_a_row_that_is_read(kind, tmp_path, monkeypatch):
+    """Logits and gradients at that token are those of the whole; the last layer, which is told of it, has one query a row."""
+    model, ids, mask = with_plain_attention(CAUSAL[kind], tmp_path, 9)
+    module, reads = sys.modules[type(model).__module__], (torch.arange(3), torch.tensor([8, 7, 5]))
+    plain, met, results = module.eager_attention_forward, [], []
+
+    def spy(layer, query, key, *others, **options):
+        met.append((query.shape[2], key.shape[2]))
+        return plain(layer, query, key, *others, **options)
+
+    monkeypatch.setattr(module, "eager_attention_forward", spy)
+    *_, last = (layer for layer in model.modules() if hasattr(layer, "is_causal"))
+    for last.reads in (reads, None):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[reads]
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), [*model.parameters()])])
+    assert met == [(4, 4), (5, 9), (1, 9), (4, 4), (5, 9), (4, 4), (5, 9)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_that_is_not_causal_is_left_whole(tmp_path):
     """A config can make a causal model see both ways; the first hidden state then answers to the last token."""
     model, ids, mask = with_plain_attention(LlamaConfig(is_causal=False, **SIZES), tmp_path, 8)
