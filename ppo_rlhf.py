@@ -434,8 +434,7 @@ def load_models(args, tokenizer, num_positions, device):
         raise UserError(f"--model {args.model}: its linear attention confuses a static cache, or it is not text alone")
     if critic is None or args.value_trunk == "shared":
         critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
-        torch.nn.init.zeros_(critic.score.weight)
-        critic.base_model.load_state_dict(policy.base_model.state_dict())
+        torch.nn.init.zeros_(critic.score.weight), critic.base_model.load_state_dict(policy.base_model.state_dict())
     lists = [x.eos_token_id for x in (policy.config, policy.generation_config) if isinstance(x.eos_token_id, list)]
     eos = sorted({*sum(lists, [tokenizer.eos_token_id])}) if lists else tokenizer.eos_token_id
     for model in filter(None, (policy, critic, reward_model)):
@@ -481,8 +480,9 @@ def main(args):
     step, models = decode_step, torch.nn.ModuleList(filter(None, (actor_critic, reference, reward_model)))
     if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
         stays = torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe
-        tuning = {"triton.cudagraphs": cuda, "guard_filter_fn": lambda x: [*map(all, zip(*(f(x) for f in stays)))]}
-        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=tuning | {"cpp_wrapper": not cuda})
+        tuning = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True, "realize_opcount_threshold": 12}
+        tuning["guard_filter_fn"] = lambda x: [*map(all, zip(*(f(x) for f in stays)))]
+        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=tuning)
         masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
         (dynamo := torch._dynamo.config).recompile_limit, dynamo.specialize_float = 256, True  # layers; temperature
         [x.compile(dynamic=True) for x in models.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
