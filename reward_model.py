@@ -98,7 +98,7 @@ def last_token_scores(model, input_ids, attention_mask):
 
 class Scorer(torch.nn.Module):
     """`last_token_scores` as a module, so that the loss goes through the compiled and distributed wrapper's forward. Of the last
-    layer one token is read: its attention (`reads`, in utils) and MLP compute that one alone, and are 0 elsewhere."""
+    layer one token is read: where they can, attention (`reads`, in utils), its projection and MLP compute that one alone."""
 
     is_last = None  # (B,T) while a forward runs: outside of it the model is whole
 

@@ -160,13 +160,13 @@ def load_function(spec, flag):
 
 
 def causal_attention(module, query, key, value, attention_mask, **options):
-    """A model's own plain attention in two calls: queries of the first half see no key of the second, which saves a quarter."""
+    """A model's own plain attention in two calls, as queries of the first half see no key of the second, or for one query a row."""
     plain, h, mask = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2, attention_mask
     causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
     if not causal or query.shape[2] != key.shape[2] or any(torch.is_tensor(x) and x.ndim > 2 for x in options.values()):
         return plain(module, query, key, value, mask, **options)
     parts = [(query[:, :, a:b], key[:, :, :b], value[:, :, :b], mask[..., a:b, :b]) for a, b in ((0, h), (h, None))]
-    if (reads := getattr(module, "reads", None)) is not None:  # indices into (B,T): one token a row is read
+    if (reads := getattr(module, "reads", None)) is not None:  # indices into (B,T): what is read
         one, mask = (x.transpose(1, 2)[reads][:, :, None] for x in (query, mask))
         parts = [(one, key, value, mask)]
     return torch.cat([plain(module, *x, **options)[0] for x in parts], 1).expand(-1, query.shape[2], -1, -1), None
@@ -231,7 +231,7 @@ def progress(done, total, ranks, name):
 def save_pretrained(folder, *parts):
     """Write models and tokenizers into one folder that appears complete or not at all."""
     [part.save_pretrained(f"{folder}.tmp") for part in parts]
-    shutil.rmtree(folder, ignore_errors=True), os.rename(f"{folder}.tmp", folder)  # left by a run stopped right here
+    shutil.rmtree(folder, ignore_errors=True), os.rename(f"{folder}.tmp", folder)  # left by a run that was stopped
 
 
 class Run:

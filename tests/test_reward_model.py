@@ -1,5 +1,6 @@
 """The reward model: Bradley-Terry loss, the score of the last real token under any padding, centring, and the loop."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -8,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AttentionInterface, AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForSequenceClassification,
+    DiffLlamaConfig,
+    GPT2LMHeadModel,
+    PhiConfig,
+)
 
 import reward_model
 import utils
 from conftest import (
     FAMILIES,
+    GROUPED,
+    SMALL,
     assert_same_gradients,
     build_config,
     build_tokenizer,
@@ -176,7 +185,13 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
     assert torch.allclose(scores, exact, atol=0.1)
 
 
-@pytest.mark.parametrize(("config", "mlp"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
+MORE = [  # whose attention's projection is called dense; which calls attention twice
+    (PhiConfig(**GROUPED | {"num_key_value_heads": 2}, **SMALL), "alone"),
+    (DiffLlamaConfig(**GROUPED | {"num_key_value_heads": 2}, **SMALL), "alone"),
+]
+
+
+@pytest.mark.parametrize(("config", "mlp"), FAMILIES + MORE, ids=lambda x: getattr(x, "model_type", ""))
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])  # plain as on CPU, or torch's as on CUDA
 def test_the_last_layer_computes_the_token_that_is_scored(config, mlp, attention):
     tokens = {"alone": 5, "residual": 60, None: None}[mlp]  # of five rows of twelve
@@ -190,7 +205,9 @@ def test_the_last_layer_computes_the_token_that_is_scored(config, mlp, attention
     torch.manual_seed(0)
     AttentionInterface.register("eager", utils.causal_attention)  # as utils.load_pretrained does
     try:
-        whole = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+        whole = AutoModelForSequenceClassification.from_config(
+            copy.deepcopy(config), attn_implementation=attention
+        ).eval()
     except ValueError:
         pytest.skip("no such attention")
     input_ids, attention_mask = padded(SEQUENCES, 2, 3, 0)
@@ -206,7 +223,7 @@ def test_the_last_layer_computes_the_token_that_is_scored(config, mlp, attention
     assert [x is None for x in our_gradients] == [x is None for x in gradients]
     assert_same_gradients(*([[x for x in step if x is not None]] for step in (our_gradients, gradients)))
     assert given == [tokens] * (tokens is not None) and list(whole.state_dict()) == names
-    assert projected == [5] * (config.model_type not in ("falcon", "bloom", "opt"))  # (other names)
+    assert projected == [5] * (config.model_type not in ("falcon", "bloom", "opt", "phi"))  # (other names)
     others = padded(SEQUENCES[1:], 0, 1, 0)
     again = scorer(*others)
     assert again.tolist() == pytest.approx(scores[1:].tolist(), abs=1e-5)
