@@ -15,6 +15,7 @@ import torch
 from conftest import build_folder, refuses, write_jsonl
 from test_ppo_rlhf import gae_by_sums
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -552,6 +553,37 @@ def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, t
         found = [x for model in models for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
         assert len(found) == 3 * layers and all(x._compiled_call_impl for x in found)
     assert is_full == {True, False}
+
+
+def test_compiled_on_cpu_a_step_computes_the_causal_mask_once(settings, tmp_path, monkeypatch, tokenizer):
+    """With a run's own options. Left to itself the compiler computes it anew in the softmax of every layer."""
+    compile_, options = torch.compile, {}
+
+    class Seen(Exception):
+        pass
+
+    def seen(function, **given):
+        assert function is ppo_rlhf.decode_step
+        options.update(given)
+        raise Seen
+
+    folder = build_folder(tmp_path / "model", "llama", "lm", tokenizer, seed=1, num_hidden_layers=2)
+    with pytest.raises(Seen), monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", seen)
+        run(settings(tmp_path / "run", model=folder, compile=True))
+    model = utils.load_pretrained(AutoModelForCausalLM, folder)[0]
+    queries, query_mask = ppo_rlhf.left_pad([[7, 8, 9], [10, 11, 12, 13, 14]], 5, 0, "cpu")
+
+    def sample(step):
+        uniforms = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
+        return ppo_rlhf.generate(model, queries, query_mask, uniforms, 1.0, [], 0, step=step)
+
+    responses, codes = run_and_get_code(sample, compile_(ppo_rlhf.decode_step, **options))
+    assert torch.equal(responses, sample(ppo_rlhf.decode_step))
+    for code in codes:  # of the prefill, and of a step: its kernels, each behind the line that names it
+        kernels = re.split(r'^extern "C"', code, flags=re.MULTILINE)
+        assert sum(str(torch.finfo(torch.float32).min) in kernel for kernel in kernels) == 1
+    assert len(codes) == 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
