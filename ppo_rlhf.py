@@ -481,7 +481,7 @@ def main(args):
     if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
         stays = torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe
         tuning = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True, "realize_opcount_threshold": 12}
-        tuning["guard_filter_fn"] = lambda x: [*map(all, zip(*(f(x) for f in stays)))]
+        tuning |= {"guard_filter_fn": lambda x: [*map(min, *(f(x) for f in stays))], "cpp_wrapper_build_separate": True}
         step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=tuning)
         masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
         (dynamo := torch._dynamo.config).recompile_limit, dynamo.specialize_float = 256, True  # layers; temperature
