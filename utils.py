@@ -56,7 +56,7 @@ def wrap(module, ranks, compiled=False):
         op, torch.compiler.config.cache_key_tag = torch.ops.aten.embedding_dense_backward, "no graph of other settings"
         importlib.import_module("torch._inductor.lowering").make_fallback(op, warn=False)
         torch._inductor.decomposition.select_decomp_table().pop(op.default, None)
-        module = torch.compile(module, options=None if torch.cuda.is_available() else {"realize_opcount_threshold": 10})
+        module = torch.compile(module, options=None if torch.cuda.is_available() else {"realize_opcount_threshold": 12})
     return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
 
 

@@ -19,7 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, StaticCache
 from transformers.integrations import sdpa_attention
 
+import ilql_rlhf
 import ppo_rlhf
+import reward_model
+import sft
 import utils
 
 ONE = utils.Ranks(0, 1, torch.device("cpu"))
@@ -697,6 +700,23 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU compiler")
+def test_compiled_on_cpu_no_softmax_is_computed_twice():
+    """Its output is stored: the setting that would also keep masks of booleans out computes it anew in the backward."""
+    utils.init_ranks()
+    query, key, value = (torch.randn(4, 16, 8, requires_grad=True) for _ in range(3))
+
+    def attention():
+        return (query @ key.transpose(1, 2)).softmax(-1) @ value
+
+    def gradients(function):
+        return torch.autograd.grad(function().square().sum(), (query, key, value))
+
+    result, codes = run_and_get_code(gradients, torch.compile(attention))
+    torch.testing.assert_close(result, gradients(attention), rtol=1e-4, atol=1e-4)
+    assert [".exp()" in code for code in codes] == [True, False]  # the forward, the backward
+
+
 def test_compiled_gradients_of_an_embedding_are_the_same_every_time():
     """Left to itself the compiler adds rows that meet in one id atomically: two threads round differently each time."""
     threads, weight = torch.get_num_threads(), torch.nn.Embedding(64, 256)
@@ -735,18 +755,27 @@ def test_compiled_on_cpu_the_logits_are_stored_once():
     ] == [0, 1]
 
 
-def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path):
-    """Left to itself the compiler computes it anew for every element of every layer's softmax."""
+@pytest.mark.parametrize("script", ["ilql_rlhf", "reward_model", "sft"])
+def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path, script):
+    """In what the scripts compile whole. Left to itself the compiler computes it, or its choice between 0 and -inf by a mask
+    of booleans, anew for every element of every layer's softmax."""
     utils.init_ranks()
     ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
-    mask[:2, :5] = 0
+    mask[:2, 7:] = 0
     GPT2Config(
-        n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0
+        n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0, pad_token_id=0
     ).save_pretrained(tmp_path)
-    body = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0].base_model
-    hidden, codes = run_and_get_code(utils.wrap(body, ONE, True), ids, attention_mask=mask, use_cache=False)
-    expected = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    torch.testing.assert_close(hidden.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    auto_class = AutoModelForSequenceClassification if script == "reward_model" else AutoModelForCausalLM
+    options = {"num_labels": 1} if script == "reward_model" else {}
+    model, inputs = utils.load_pretrained(auto_class, str(tmp_path), **options)[0], (ids, mask)
+    if script == "sft":
+        module, inputs = sft.LabelledLogits(model), (ids, mask, 7)
+    elif script == "reward_model":
+        module = reward_model.Scorer(model)
+    else:
+        module, inputs = ilql_rlhf.ILQL(model, 2), (ids, mask, torch.arange(5, 11).expand(4, -1))
+    result, codes = run_and_get_code(utils.wrap(module, ONE, True), *inputs)
+    torch.testing.assert_close(result, module(*inputs), rtol=1e-4, atol=1e-5)
     calls = []
     for name, kernel in re.findall(r"(\w+) = async_compile\.cpp_pybinding\(.*?r'''(.*?)'''", codes[0], re.DOTALL):
         if str(torch.finfo(torch.float32).min) in kernel:
