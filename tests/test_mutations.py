@@ -127,7 +127,7 @@ BUGS = [
     ),
     Bug(
         "a mask of booleans in every softmax",
-        "chains a little shorter: the reward model's mask was stored before 0 or -inf is chosen by it, which is slow to read",
+        "chains a little shorter: the reward model's mask was stored before numbers are chosen by it, which is slow to read",
         "test_compiled_on_cpu_the_causal_mask_is_computed_once[reward_model]",
         {'{"realize_opcount_threshold": 12}': '{"realize_opcount_threshold": 10}'},
         "utils.py",

@@ -757,8 +757,8 @@ def test_compiled_on_cpu_the_logits_are_stored_once():
 
 @pytest.mark.parametrize("script", ["ilql_rlhf", "reward_model", "sft"])
 def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path, script):
-    """In what the scripts compile whole. Left to itself the compiler computes it, or its choice between 0 and -inf by a mask
-    of booleans, anew for every element of every layer's softmax."""
+    """In what the scripts compile whole. Left to itself the compiler computes it, or the choice between 0 and the least number
+    by a mask of booleans, anew for every element of every layer's softmax."""
     utils.init_ranks()
     ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
     mask[:2, 7:] = 0
