@@ -557,6 +557,7 @@ def test_layers_share_a_graph_for_all_lengths(settings, tmp_path, monkeypatch, t
 
 def test_compiled_on_cpu_a_step_computes_the_causal_mask_once(settings, tmp_path, monkeypatch, tokenizer):
     """With a run's own options. Left to itself the compiler computes it anew in the softmax of every layer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the settings of a machine without
     compile_, options = torch.compile, {}
 
     class Seen(Exception):

@@ -700,9 +700,9 @@ def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored()
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU compiler")
-def test_compiled_on_cpu_no_softmax_is_computed_twice():
+def test_compiled_on_cpu_no_softmax_is_computed_twice(monkeypatch):
     """Its output is stored: the setting that would also keep masks of booleans out computes it anew in the backward."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the settings of a machine without
     utils.init_ranks()
     query, key, value = (torch.randn(4, 16, 8, requires_grad=True) for _ in range(3))
 
@@ -756,24 +756,24 @@ def test_compiled_on_cpu_the_logits_are_stored_once():
 
 
 @pytest.mark.parametrize("script", ["ilql_rlhf", "reward_model", "sft"])
-def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path, script):
+def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path, monkeypatch, script):
     """In what the scripts compile whole. Left to itself the compiler computes it, or the choice between 0 and the least number
     by a mask of booleans, anew for every element of every layer's softmax."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the settings of a machine without
     utils.init_ranks()
     ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
     mask[:2, 7:] = 0
     GPT2Config(
         n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0, pad_token_id=0
     ).save_pretrained(tmp_path)
-    auto_class = AutoModelForSequenceClassification if script == "reward_model" else AutoModelForCausalLM
-    options = {"num_labels": 1} if script == "reward_model" else {}
-    model, inputs = utils.load_pretrained(auto_class, str(tmp_path), **options)[0], (ids, mask)
-    if script == "sft":
-        module, inputs = sft.LabelledLogits(model), (ids, mask, 7)
-    elif script == "reward_model":
-        module = reward_model.Scorer(model)
+    if script == "reward_model":
+        classifier, _ = utils.load_pretrained(AutoModelForSequenceClassification, str(tmp_path), num_labels=1)
+        module, inputs = reward_model.Scorer(classifier), (ids, mask)
     else:
-        module, inputs = ilql_rlhf.ILQL(model, 2), (ids, mask, torch.arange(5, 11).expand(4, -1))
+        model, _ = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))
+        states = torch.arange(5, 11).expand(4, -1)
+        module = sft.LabelledLogits(model) if script == "sft" else ilql_rlhf.ILQL(model, 2)
+        inputs = (ids, mask, 7 if script == "sft" else states)
     result, codes = run_and_get_code(utils.wrap(module, ONE, True), *inputs)
     torch.testing.assert_close(result, module(*inputs), rtol=1e-4, atol=1e-5)
     calls = []
