@@ -1,21 +1,65 @@
-"""ILQL, implicit language Q-learning: offline RL from rated text alone (Snell et al. 2022; IQL: Kostrikov et al. 2021).
+"""ILQL, implicit language Q-learning: offline RL from rated text, without sampling any.
 
-    1. batch    rows of (prompt, completion, reward) or dialogues; each token that the agent says is an action
-    2. loss     one trunk; the LM head is the behaviour policy pi_beta; heads V, twin Q, target Q. Of each action:
-                q      (r + gamma * V(next state) - Q)^2; behind the last action there is no next V
-                v      expectile tau of the smaller target Q: near its maximum over the actions that the data holds
-                cql    cross-entropy of softmax(Q) at the action, which keeps Q low where there is no data
-                awac   cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
-    3. update   AdamW, learning rate decaying linearly; then target = alpha * online + (1 - alpha) * target
-    evaluate    sample from softmax(log pi_beta + beta * (target Q - V)) at each beta of --eval_betas
+Snell et al. 2022, "Offline RL for natural language generation with implicit language Q-learning",
+on IQL: Kostrikov et al. 2021, "Offline reinforcement learning with implicit Q-learning".
 
-One process:     python ilql_rlhf.py
-Eight GPUs:      torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model --dataset my_rated.jsonl
+Each step:
+    1. batch    rows of (prompt, completion, reward) or rated dialogues; each token that the agent
+                says is an action
+    2. loss     one transformer; its LM head is the behaviour policy pi_beta, and small networks on
+                its last hidden state are V, two Qs, and a slow copy of each Q, its target.
+                Per action, summed, and divided by the number of actions on all ranks:
+                q       (r + gamma * V(next state) - Q)^2, where V after the last action is 0
+                v       expectile regression of V on the smaller target Q: with tau near 1, V is
+                        nearly the best target Q among the actions that the data holds
+                cql     cross-entropy of softmax(Q) at the action, which keeps Q low elsewhere
+                awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
+                total   q + v + cql_weight * cql + awac_weight * awac
+    3. update   AdamW, with a learning rate that decays linearly to 0;
+                then target = alpha * online + (1 - alpha) * target
+    evaluate    sample from softmax(log pi_beta + beta * (smaller target Q - V)), token by token, at
+                each beta of --eval_betas. This is the policy; pi_beta is what it is at beta 0
 
-Shapes: B rows on this rank, T tokens, A actions (both right padded), V vocabulary, d hidden width. State i is the prefix
-up to token i, its action is token i + 1; column j of (B,A) is a row's action j. What the environment says is no action:
-behind a turn comes the next turn's first state. A turn's last token is paid; terminal marks a row's last action.
-Deviations from the paper's code: one trunk (there: three); heads start at 0; AWAC is a mean over action tokens.
+One process:    python ilql_rlhf.py
+Eight GPUs:     torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model \\
+                    --dataset my_rated.jsonl
+
+Shapes: B rows in a micro-batch, T tokens, A actions, V vocabulary, d width. The vocabulary's V is
+always a size in a shape; the value function is written `vs`.
+
+How a row becomes states and actions. State i is the text up to and including token i, and its
+action is token i + 1. Eight tokens of a dialogue, "|" is EOS, the agent says "x|" and then "y|":
+
+    token index       0     1     2     3     4     5     6     7
+    token             u     :     x     |     v     :     y     |
+    said by           user  user  agent agent user  user  agent agent
+
+    states            1     2     5     6         state 1 is "u:", state 5 is "u:x|v:"
+    actions           x     |     y     |         the tokens 2, 3, 6, 7
+    rewards           0     r1    0     r2        a turn is paid at its last token
+    next state        2     5     6     none      after a turn, the next state in which the agent
+    acts terminal          F     F     F     T         True: there is no next state, its V is 0
+
+Column j of a (B,A) tensor is a row's action j. With one reward for the whole dialogue r1 is 0. What
+the user says, and what the chat template writes, is never an action.
+
+Rules that you might not expect:
+    - Both Qs are trained, and their q and cql losses are added. Where one Q is needed (V's target,
+      AWAC's weight, decoding), it is the smaller of the two targets.
+    - No gradient flows into targets, into V inside the q loss, or into AWAC's weight, which is not
+      clipped. The gradients of q, v and cql do reach the transformer.
+    - The last layers of V and Q start at 0, so nothing random is bootstrapped or steers at first.
+    - The paper trains three transformers and divides AWAC by all tokens. Here there is one, and
+      AWAC is divided by the number of actions.
+    - Rows are padded on the right with more EOS. Causal attention never looks ahead, so there is no
+      attention mask, and positions count from 0. Padded actions have mask False and no loss.
+    - A row longer than --max_length is left out and counted, never cut. A completion that holds an
+      EOS ends there. Dropout is off. Q, V and all losses are computed in fp32 under bf16 as well.
+    - With --eval_dataset or a default task, samples are drawn before the first step too, from a
+      copy of the model (in bf16 under --precision bf16). The pad and ids that no token has are
+      never sampled; log pi_beta is normalised over the other ids.
+    - With --compile these are compiled and nothing else is: each transformer layer, `ilql_loss`,
+      and the decoding step.
 """
 
 import copy
@@ -29,47 +73,60 @@ import torch
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
-from transformers import DynamicCache, StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_function, load_pretrained
-from utils import load_rows, prepare, progress, save_pretrained, seeded, wrap
+from utils import Means, Run, UserError, allowed_ids, autocast, call_reward_fn, check_above_zero
+from utils import check_at_least, check_decoding, check_divides, check_positions
+from utils import check_same_tokenizer, check_shared_flags, compile_layers, copy_weights
+from utils import encode_prompt, fit_to_tokenizer, global_batches, gradient_step, head_logits
+from utils import init_ranks, launch, left_pad, load_function, load_pretrained, load_prompts
+from utils import load_rows, load_tokenizer, pack_rows, pad_right, progress, resolve_args
+from utils import save_pretrained, seeded, split_by_length, static_cache, to_bf16, to_device, wrap
 
 
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """what is trained: a Hub name or a folder, preferably of an sft.py run; a config alone: from random weights"""
+    """what is trained: a Hub name or a folder, preferably of an sft.py run; a folder with only a
+    config starts from random weights"""
     dataset: str = "data/randomwalks/rated.jsonl"
-    """rows with prompt+completion+reward, or messages+reward; for messages also a list, one per assistant turn"""
+    """rows with prompt+completion+reward, or messages+reward; for messages the reward may also be a
+    list, one for each assistant turn"""
     eval_dataset: str | None = None
-    """rows with prompt to sample from, their other columns for --reward_fn; none: prompts.jsonl beside --dataset"""
+    """rows with prompt to sample from; their other columns reach --reward_fn; none: prompts.jsonl
+    beside --dataset"""
     reward_fn: str | None = None
-    """path/to/file.py:function that scores samples; none, and no --reward_model: on the embedded task, its own"""
+    """path/to/file.py:function(prompts, responses, **columns) that scores the samples; none, and no
+    --reward_model: that of the embedded task on its own data, and no samples on other data"""
     reward_model: str | None = None
-    """a folder or Hub name of a reward model that scores samples; like --reward_fn it only evaluates"""
+    """a reward model that scores the samples instead; like --reward_fn it is never trained on"""
+    max_rows: int | None = None
+    """use only the first so many rows of --dataset; none: all of them"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/ilql_rlhf__<seed>__<time>"""
     seed: int = 1
     """seeds the new weights, the order of the rows and the sampling"""
     num_epochs: int = 20
     """passes over the rows"""
+    num_steps: int | None = None
+    """optimizer steps in all; none: as many as num_epochs passes take"""
     batch_size: int = 100
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 100
-    """rows per forward on one rank: a memory knob, without effect on the objective (--q_rows embeddings: 128 at first)"""
+    """rows per forward and backward on one rank: saves memory and does not change the objective"""
     max_length: int = 512
-    """tokens; longer rows lose the start of their prompt; longer dialogues, and rows of too short a prompt, are left out"""
+    """tokens of a row; longer rows are left out and counted"""
     normalize_rewards: bool = False
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
-    """Q heads; of two, the smaller target counts"""
+    """Q functions; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """last layer of Q: a row for each id; or the LM head's rows, frozen, so that ids share what is learned (--lr 2e-4)"""
+    """last layer of Q: a row of its own for each id, or the LM head's rows, frozen, so that similar
+    ids share what is learned, for large vocabularies (--lr 2e-4)"""
     tau: float = 0.8
-    """expectile, above 0 and at most 1: V is the mean over the data's actions at 0.5, their maximum towards 1"""
+    """expectile, above 0 and at most 1: at 0.5 V is the mean of target Q over the data's actions"""
     gamma: float = 0.99
-    """discount per action"""
+    """discount per action, above 0 and at most 1"""
     beta: float = 0.0
     """exponent of AWAC's weight, per unit of reward; 0: plain behaviour cloning"""
     cql_weight: float = 0.03
@@ -77,423 +134,709 @@ class Args:
     awac_weight: float = 1.0
     """weight of the AWAC loss"""
     alpha: float = 0.03
-    """Polyak: the share of the online Q heads in the targets' next value, after every optimizer step"""
+    """the online Q's share in its target's next value, after every step; above 0 and at most 1"""
     lr: float = 1e-3
-    """learning rate of the first step; decays linearly to min_lr"""
+    """learning rate of the first step; decays linearly to 0"""
     policy_lr_scale: float = 1.0
-    """times the learning rate: that of trunk and LM head; 0 leaves pi_beta as it is and trains the heads alone, without AWAC"""
-    min_lr: float = 0.0
-    """learning rate at the end of decay_epochs and from there on"""
-    decay_epochs: int = 0
-    """passes over the rows in which the learning rate decays; 0: all of num_epochs"""
+    """the learning rate of transformer and LM head, as a multiple of lr; 0: they stay as they are"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """what training computes in (samples: fp32); weights, optimizer state, losses, Q and V are fp32 always"""
+    precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
+    """what the transformer computes in; weights, optimizer state, losses, Q and V stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the training forward, the loss and the decoding step"""
+    """compile each transformer layer, the loss and the decoding step"""
     eval_betas: tuple[float, ...] = (0.0, 1.0, 100.0)
     """steering strengths to sample with, per unit of reward; 0 is pi_beta"""
     eval_every: int = 100
-    """steps between two evaluations; the last step is always evaluated"""
+    """steps between two evaluations; there is one before the first step and one at the end"""
     eval_samples: int = 200
     """responses at each beta, over all ranks, spread evenly over the prompts"""
     response_length: int = 10
-    """tokens sampled at most, the EOS included; a prompt keeps its last max_length - response_length tokens"""
+    """tokens of a sample at most, EOS included; prompts longer than max_length less these are left
+    out and counted"""
     log_every: int = 20
     """steps between two lines of metrics"""
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: none"""
     resume: str | None = None
     """a run folder: go on from its newest checkpoint, with its own arguments"""
+    timeout_minutes: float = 60
+    """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """where metrics go besides metrics.jsonl"""
 
 
-# ---- The algorithm ---------------------------------------------------------------------------------------------------
-def last_hidden(model, input_ids, attention_mask):
-    """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
-    inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
-    inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    return model.base_model(input_ids.masked_fill(attention_mask == 0, 0), **inputs).last_hidden_state
+# --------------------------------------------------------------------------------------------------
+# The algorithm
 
 
-class ILQL(torch.nn.Module):
-    """The policy (trunk and pi_beta), and fp32 heads on its last hidden state: V, Q and target Q."""
+def ilql_loss(
+    qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, args, num_tokens=None
+):
+    """The losses by name, 0-d: total, q, v, cql, awac (the code of Snell et al. 2022).
 
-    def __init__(self, policy, num_qs, q_rows="ids", **config):
-        super().__init__()
-        (V, d), nn = (embeddings := policy.get_output_embeddings().weight.detach()).shape, torch.nn
-        sizes = [1, *[V if q_rows == "ids" else d + 1] * num_qs]
-        v, *q = [nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, n)) for n in sizes]
-        self.policy, self.config = policy, {"num_qs": num_qs, "q_rows": q_rows, **config}
-        [nn.init.zeros_(x) for head in (v, *q) for x in head[2].parameters()]  # nothing random bootstraps or steers
-        for head in q if q_rows == "embeddings" else ():  # state . embedding (He et al. 2016) + the state's own worth
-            head.append(nn.Linear(d + 1, V, bias=False).requires_grad_(False))
-            head[3].weight.data = F.pad(F.layer_norm(embeddings.float(), (d,)) / d**0.5, (0, 1), value=1.0)
-        self.heads = nn.ModuleDict({"v": nn.ModuleList([v]), "q": nn.ModuleList(q)})
-        self.heads["target_q"] = copy.deepcopy(self.heads["q"]).requires_grad_(False)
-        self.heads.register_buffer("moments", torch.tensor([[0.0], [1.0]]).repeat(1, d))  # mean, deviation of hidden
-
-    def values(self, name, hidden, actions=None):
-        """What the heads of a name say at hidden (...,d): "v" one (...,1), each Q (...,V), or (...,1) of actions (...)."""
-        heads, (mean, deviation) = self.heads[name], self.heads.moments
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden = (hidden.to(mean.dtype) - mean) / deviation
-            if actions is None:
-                return [head(hidden) for head in heads]
-            parts = [(head[:-1](hidden), F.embedding(actions, head[-1].weight), head[-1].bias) for head in heads]
-            return [(x * w).sum(-1, keepdim=True) + (0 if b is None else b[actions][..., None]) for x, w, b in parts]
-
-    def forward(self, input_ids, attention_mask, states, actions=None, all_qs=True):
-        """(logits, qs, target_qs, vs) at states (B,A), indices of tokens; of actions (B,A) target Q and, without all_qs, Q alone."""
-        hidden = last_hidden(self.policy, input_ids, attention_mask).take_along_dim(states[..., None], 1)  # (B,A,d)
-        head, (vs,) = self.policy.get_output_embeddings(), self.values("v", hidden)
-        logits = head(hidden) if head.weight.requires_grad else hidden[..., :1] * 0  # frozen: no AWAC
-        qs = self.values("q", hidden, None if all_qs else actions)
-        return logits, qs, self.values("target_q", hidden.detach(), actions), vs.squeeze(-1)
-
-    def steered_logits(self, hidden, beta, bias, temperature=1.0, top_k=None, top_p=1.0):
-        """`steer` at hidden (B,d); bias (V,): -inf, or 0. Temperature (0: none) and cuts precede the shift (trlX: follow)."""
-        logits = self.policy.get_output_embeddings()(hidden).float() / (temperature or 1.0) + bias
-        logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-        logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
-        return steer(logits, self.values("target_q", hidden), self.values("v", hidden)[0].squeeze(-1), beta)
-
-    @torch.no_grad()
-    def update_targets(self, alpha):
-        """Polyak averaging: target = alpha * online + (1 - alpha) * target."""
-        torch._foreach_lerp_(*(list(self.heads[name].parameters()) for name in ("target_q", "q")), alpha)
-
-    def save_pretrained(self, folder):
-        """A plain causal LM, and beside it two files that only `load_ilql` reads."""
-        self.policy.save_pretrained(folder)
-        save_file(self.heads.state_dict(), f"{folder}/ilql_heads.safetensors")
-        Path(folder, "ilql_config.json").write_text(json.dumps(self.config) + "\n")
-
-
-def load_ilql(path):
-    """The module that a run left in its folder `model` (a local one), ready for `generate_steered`."""
-    (policy, _), config = load_pretrained(AutoModelForCausalLM, path), Path(path, "ilql_config.json").read_text()
-    ilql = ILQL(policy, **json.loads(config))
-    ilql.heads.load_state_dict(load_file(Path(path, "ilql_heads.safetensors")))
-    return ilql.eval()
-
-
-def ilql_loss(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, tau, gamma, beta, cql_weight,
-              awac_weight, num_tokens=None):  # fmt: skip
-    """{total, q, v, cql, awac}, 0-d: sums over real actions / num_tokens (their number on all ranks; none: in here).
-    total = q + v + cql_weight * cql + awac_weight * awac (code of Snell et al. 2022); q, cql: sums over heads. Shapes (B,A);
-    lists qs, target_qs and logits (B,A,V), or (B,A,1) of the actions alone: then cql, awac are 0. The mask hides all behind it."""
-    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
-    qs, target_qs, (logits,) = ([x.masked_fill(~mask[..., None], 0.0) for x in xs] for xs in (qs, target_qs, [logits]))
-    vs, next_vs, rewards = (x.masked_fill(~mask, 0.0) for x in (vs, next_vs, rewards))
-    index = actions.masked_fill(~mask, 0)[..., None]  # modulo 1 it is the only one
-    taken_qs = [q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in qs]
-    target_q = torch.stack([q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in target_qs]).amin(0).detach()
-    # Temporal difference (IQL, eq. 6): V is the next state's value, so no action that the data lacks is ever asked for.
-    backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)
-    q_loss = sum((backup - q) ** 2 for q in taken_qs)
-    # Expectile regression (IQL, eq. 5): where the target is above V the error weighs tau, elsewhere 1 - tau.
-    v_loss = (tau - (target_q < vs).to(vs.dtype)).abs() * (target_q - vs) ** 2
-    cql_loss = sum(q.logsumexp(-1) - taken_q for q, taken_q in zip(qs, taken_qs))  # conservatism: Kumar et al. 2020
-    weight = torch.exp(beta * (target_q - vs)).detach()  # behaviour cloning by advantage (Nair et al. 2020; IQL, eq. 7)
+    qs, target_qs: lists of (B,A,V); logits (B,A,V); vs, next_vs, rewards (B,A); actions (B,A) ids;
+    terminal, mask (B,A) bool. args: anything with tau, gamma, beta, cql_weight, awac_weight. Sums
+    over real actions are divided by num_tokens (None: their number here). cql and awac are
+    unweighted.
+    """
+    if num_tokens is None:
+        num_tokens = mask.sum().clamp(min=1)
+    # Whatever stands where there is no action becomes 0.
+    qs = [q.masked_fill(~mask[..., None], 0.0) for q in qs]
+    target_qs = [q.masked_fill(~mask[..., None], 0.0) for q in target_qs]
+    logits = logits.masked_fill(~mask[..., None], 0.0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    awac_loss = -weight * torch.log_softmax(logits, dim=-1).gather(-1, index % logits.shape[-1]).squeeze(-1)
+    vs = vs.masked_fill(~mask, 0.0)
+    next_vs = next_vs.masked_fill(~mask | terminal, 0.0)
+    rewards = rewards.masked_fill(~mask, 0.0)
+    index = actions.masked_fill(~mask, 0)[..., None]
+
+    taken_qs = [q.gather(-1, index).squeeze(-1) for q in qs]
+    taken_target_qs = [q.gather(-1, index).squeeze(-1) for q in target_qs]
+    target_q = torch.stack(taken_target_qs).amin(0).detach()
+
+    # Temporal difference (IQL, equation 6). The next state's value is V's, so that no action is
+    # ever asked about that the data does not hold.
+    backup = rewards + args.gamma * next_vs.detach()
+    q_loss = sum((backup - q) ** 2 for q in taken_qs)
+
+    # Expectile regression (IQL, equation 5): an error weighs tau where target Q >= V, else 1 - tau.
+    v_weight = torch.where(target_q >= vs, args.tau, 1 - args.tau)
+    v_loss = v_weight * (target_q - vs) ** 2
+
+    # Conservatism (Kumar et al. 2020): push down every Q, and pull up that of the data's action.
+    cql_loss = sum(q.logsumexp(-1) - taken for q, taken in zip(qs, taken_qs, strict=True))
+
+    # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, equation 7).
+    awac_weight = torch.exp(args.beta * (target_q - vs)).detach()
+    logprobs = torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
+    awac_loss = -awac_weight * logprobs
+
     losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
-    losses = {name: loss.masked_fill(~mask, 0.0).sum() / num_tokens for name, loss in losses.items()}
-    more = sum(x * losses[name] for name, x in (("cql", cql_weight), ("awac", awac_weight)) if x)  # 0 * infinity is NaN
-    return {"total": losses["q"] + losses["v"] + more, **losses}
+    for name, loss in losses.items():
+        losses[name] = loss.masked_fill(~mask, 0.0).sum() / num_tokens
+    total = losses["q"] + losses["v"]
+    total = total + args.cql_weight * losses["cql"] + args.awac_weight * losses["awac"]
+    return {"total": total, **losses}
 
 
 def steer(logits, target_qs, vs, beta):
-    """log_softmax(logits) + beta * (min target Q - V) (Snell et al. 2022, section 4). logits, each target Q: (B,V); vs (B,)."""
+    """log_softmax(logits) + beta * (smaller target Q - V), (B,V) (Snell et al. 2022, section 4).
+
+    logits (B,V) of pi_beta; target_qs: a list of (B,V); vs (B,). The logits of the steered policy.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits, dim=-1) + beta * (torch.stack(target_qs).amin(0) - vs[..., None])
+    advantages = torch.stack(target_qs).amin(0) - vs[..., None]
+    return torch.log_softmax(logits, dim=-1) + beta * advantages
 
 
 def response_mask(responses, stop_ids, min_length=0):
     """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
     is_stop[:, :min_length] = False
-    return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
+    stops_before = is_stop.long().cumsum(1) - is_stop.long()
+    return stops_before == 0
 
 
-def steered_decode_step(ilql, cache, tokens, key_mask, uniforms, beta, temperature=1.0, **options):
-    """Feed tokens (B,n) to the trunk and sample the next one (B,) of each row by inverse CDF; temperature 0: the likeliest."""
-    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # nothing may be read behind the tokens
-    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
-    hidden = ilql.policy.base_model(tokens, **inputs).last_hidden_state[:, -1]
-    probabilities = torch.softmax(ilql.steered_logits(hidden, beta, temperature=temperature, **options), dim=-1)
-    likeliest, cumulative = probabilities.argmax(-1, keepdim=True), probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    possible = probabilities.gather(1, tokens) > 0  # a parallel cumsum may step down by a rounding error
-    return torch.where(possible & (temperature > 0), tokens, likeliest).squeeze(1)
+# --------------------------------------------------------------------------------------------------
+# The models
+
+
+def value_head(width, num_outputs):
+    """A network with one hidden layer, whose last layer starts at 0."""
+    last = torch.nn.Linear(2 * width, num_outputs)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    return torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.ReLU(), last)
+
+
+class EmbeddingQ(torch.nn.Module):
+    """Q as a worth of the state plus its product with the action's row of the LM head, which is
+    frozen.
+
+    Ids with similar rows then have similar Qs, also where the data holds only one of them.
+    """
+
+    def __init__(self, embeddings):
+        super().__init__()
+        width = embeddings.shape[1]
+        self.head = value_head(width, width + 1)
+        rows = F.layer_norm(embeddings.float(), (width,)) / width**0.5
+        self.register_buffer("rows", rows)
+
+    def forward(self, hidden):
+        output = self.head(hidden)
+        return output[..., :-1] @ self.rows.T + output[..., -1:]
+
+
+class ILQL(torch.nn.Module):
+    """The policy pi_beta (a language model), and on its last hidden state V, the Qs and their targets."""
+
+    def __init__(self, policy, num_qs=2, q_rows="ids", **statistics):
+        super().__init__()
+        embeddings = policy.get_output_embeddings().weight.detach()
+        vocab_size, width = embeddings.shape
+        self.policy = policy
+        self.config = {"num_qs": num_qs, "q_rows": q_rows, **statistics}
+        self.v = value_head(width, 1)
+        self.qs = torch.nn.ModuleList()
+        for _ in range(num_qs):
+            q = value_head(width, vocab_size) if q_rows == "ids" else EmbeddingQ(embeddings)
+            self.qs.append(q)
+        self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
+        # What the heads see is standardised by these; see `standardise_inputs`.
+        self.register_buffer("hidden_mean", torch.zeros(width))
+        self.register_buffer("hidden_std", torch.ones(width))
+
+    def values(self, hidden):
+        """qs and target_qs, lists of (...,V), and vs (...) of hidden states (...,d), in fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = (hidden.float() - self.hidden_mean) / self.hidden_std
+            return {
+                "qs": [q(hidden) for q in self.qs],
+                "target_qs": [q(hidden.detach()) for q in self.target_qs],
+                "vs": self.v(hidden).squeeze(-1),
+            }
+
+    def forward(self, input_ids, states):
+        """qs, target_qs, vs and logits at the states (B,A), which are token indices."""
+        hidden = self.policy.base_model(input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
+        return {**self.values(hidden), "logits": head_logits(self.policy, hidden)}
+
+    def steered_logits(self, hidden, beta, allowed=None, temperature=1.0):
+        """The steered policy's logits (B,V) at hidden states (B,d).
+
+        The temperature divides the logits of pi_beta before they are steered; 0 counts as 1 here.
+        """
+        logits = head_logits(self.policy, hidden).float() / (temperature or 1.0)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        values = self.values(hidden)
+        return steer(logits, values["target_qs"], values["vs"], beta)
+
+    @torch.no_grad()
+    def update_targets(self, alpha):
+        """Polyak averaging: target = alpha * online + (1 - alpha) * target."""
+        online = self.qs.parameters()
+        for target, parameter in zip(self.target_qs.parameters(), online, strict=True):
+            target.lerp_(parameter, alpha)
+
+    def save_pretrained(self, folder):
+        """A plain causal LM, and beside it two files that only `load_ilql` reads."""
+        self.policy.save_pretrained(folder)
+        state = self.state_dict()
+        heads = {name: x for name, x in state.items() if not name.startswith("policy.")}
+        save_file(heads, f"{folder}/ilql_heads.safetensors")
+        Path(folder, "ilql_config.json").write_text(json.dumps(self.config) + "\n")
+
+
+def load_ilql(path):
+    """The module that a run left in its folder `model`, ready for `generate_steered`."""
+    policy, _ = load_pretrained(AutoModelForCausalLM, path)
+    config = json.loads(Path(path, "ilql_config.json").read_text())
+    ilql = ILQL(policy, **config)
+    heads = load_file(Path(path, "ilql_heads.safetensors"))
+    ilql.load_state_dict(heads, strict=False)  # The policy has its weights already.
+    return ilql.eval()
+
+
+def score_head(model, hidden):
+    """Scores (...) in fp32 of hidden states (..., d): the linear head, less the config's centre."""
+    weight = model.score.weight[0].float()
+    scores = (hidden.float() * weight).sum(-1)
+    return scores - getattr(model.config, "score_mean", 0.0)
+
+
+def last_token_scores(model, input_ids, attention_mask):
+    """The score (B,), in fp32, of each row at its last real token.
+
+    model: a plain AutoModelForSequenceClassification with one label. input_ids (B,T);
+    attention_mask (B,T): which tokens are real, whatever side the padding is on and whatever ids it
+    holds, because the rows are packed to the left first.
+    """
+    input_ids, lengths = pack_rows(input_ids, attention_mask)
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return score_head(model, hidden[rows, lengths - 1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample_tokens(logits, uniforms, temperature, allowed=None):
+    """One token id per row, (B,), by inverting the cumulative distribution.
+
+    logits (B,V); uniforms (B,) in [0,1). The token is the first whose cumulative probability
+    exceeds u times the total. Temperature 0 takes the most likely one.
+    """
+    logits = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    likeliest = logits.argmax(-1, keepdim=True)
+    if temperature == 0:
+        return likeliest.squeeze(1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    # A parallel sum may step up where the probability is 0, by rounding.
+    is_possible = probabilities.gather(1, tokens) > 0
+    return torch.where(is_possible, tokens, likeliest).squeeze(1)
+
+
+def steered_decode_step(ilql, tokens, uniforms, beta, temperature, allowed, **inputs):
+    """Feed tokens (B,n) to the model and sample the next one, (B,); inputs: cache, mask, positions."""
+    output = ilql.policy.base_model(tokens, use_cache=True, **inputs)
+    hidden = output.last_hidden_state[:, -1]
+    logits = ilql.steered_logits(hidden, beta, allowed, temperature)
+    # The temperature has been applied already, except that 0 takes the most likely token.
+    return sample_tokens(logits, uniforms, 1.0 if temperature > 0 else 0)
 
 
 @torch.no_grad()
-def generate_steered(ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, step=None, cache=None, **options):
-    """Sample a response (B,R) to each left padded query (B,P); query_mask (B,P): real tokens; uniforms (B,R) in [0,1): all the
-    randomness. A row is pad_id behind its first stop id. options: bias (V,), and more of `ILQL.steered_logits`."""
-    (B, P), R, device, prompt = queries.shape, uniforms.shape[1], queries.device, DynamicCache()
-    cache = StaticCache(config=ilql.policy.config, max_cache_len=P + R) if cache is None else cache
-    beta, stop_ids = torch.as_tensor(beta, device=device), torch.as_tensor(stop_ids, device=device)  # no constants
-    responses, step = torch.full((B, R), pad_id, device=device), step or steered_decode_step
-    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()  # eager: no graph owns the keys
-    responses[:, 0] = steered_decode_step(ilql, prompt, queries, query_mask, uniforms[:, 0], beta, **options)
-    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
-    key_mask = F.pad(query_mask, (0, max(R, *(x.get_max_length() - P for x in cache.layers))))  # slots to be read
-    for t in range(1, R):
-        if t % 8 == 0 and torch.isin(responses[:, :t], stop_ids).any(1).all():  # asking makes a GPU wait
+def generate_steered(
+    ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, allowed=None, temperature=1.0,
+    step=steered_decode_step, cache=None,
+):  # fmt: skip
+    """Sample a response (B,R) to each prompt; a row is pad_id after its first stop id.
+
+    queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
+    the randomness there is. allowed (V,) bool: ids that may be sampled. step: `steered_decode_step`
+    or its compiled version. cache: of P + R slots, to be reused.
+    """
+    B, P = queries.shape
+    R = uniforms.shape[1]
+    cache = cache or static_cache(ilql.policy.config, P + R)
+    cache.reset()
+    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
+    prompt_lengths = query_mask.long().sum(1, keepdim=True)
+    positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
+    beta = torch.as_tensor(beta, device=queries.device)  # A number would be compiled as a constant.
+    inputs = {"beta": beta, "temperature": temperature, "allowed": allowed}
+    inputs |= {"past_key_values": cache, "attention_mask": key_mask}
+
+    responses = torch.full((B, R), pad_id, device=queries.device)
+    ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
+    next_tokens = steered_decode_step(
+        ilql, queries, uniforms[:, 0], position_ids=positions, **inputs
+    )
+    for t in range(R):
+        responses[:, t] = torch.where(ended, pad_id, next_tokens)
+        ended = ended | torch.isin(next_tokens, stop_ids)
+        if t == R - 1 or ended.all():
             break
-        key_mask[:, P + t - 1] = 1
-        responses[:, t] = step(ilql, cache, responses[:, t - 1, None], key_mask, uniforms[:, t], beta, **options)
-    return torch.where(response_mask(responses, stop_ids), responses, pad_id)
+        key_mask[:, P + t] = 1
+        tokens = responses[:, t, None]
+        positions = prompt_lengths + t
+        next_tokens = step(ilql, tokens, uniforms[:, t + 1], position_ids=positions, **inputs)
+    return responses
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
-def load_tokenizer(path):
-    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
-    check_path(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many kinds, with long texts
-        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
-    return tokenizer
+# --------------------------------------------------------------------------------------------------
+# Data
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    is_text = isinstance(prompt, str)
-    if not is_text and tokenizer.chat_template is None:
-        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
-        ids = ids[:-1]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    return ids
+def turns_of_text(tokenizer, row):
+    """The one turn of a text: (token ids of the prompt, token ids that the agent says)."""
+    completion = row["completion"].partition(tokenizer.eos_token)[0]
+    said = tokenizer(completion, add_special_tokens=False).input_ids
+    return [(encode_prompt(tokenizer, row["prompt"]), [*said, tokenizer.eos_token_id])]
+
+
+def turns_of_messages(tokenizer, messages, num_given):
+    """A (what stands before, what the agent says) pair of token ids for each assistant turn.
+
+    The first num_given messages are a prompt, whose assistant turns are no actions. What the chat
+    template writes between two turns, after the EOS of the first, is the environment's.
+    """
+    turns = []
+    rendered = ""  # The text up to and including the EOS of the last turn.
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if role not in ("system", "user", "assistant", "tool"):
+            known = "known are system, user, assistant and tool"
+            raise UserError(f"unknown role {role!r}; {known}")
+        if role != "assistant" or i < num_given:
+            continue
+        # Rendered by the encoding of the prompt first, which says what is wrong with a template.
+        prompt_ids = encode_prompt(tokenizer, messages[:i])
+        before = tokenizer.apply_chat_template(
+            messages[:i], tokenize=False, add_generation_prompt=True
+        )
+        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not before.startswith(rendered) or not whole.startswith(before):
+            reason = "does not render a turn as the continuation of those before it"
+            raise UserError(f"the chat template {reason}")
+        if turns:
+            new_text = before[len(rendered) :]
+            prompt_ids = tokenizer(new_text, add_special_tokens=False).input_ids
+        said, eos, _ = whole[len(before) :].partition(tokenizer.eos_token)
+        said_ids = tokenizer(said, add_special_tokens=False).input_ids
+        turns.append((prompt_ids, [*said_ids, tokenizer.eos_token_id]))
+        rendered = before + said + eos
+    return turns
 
 
 def encode_row(tokenizer, row):
-    """(ids, states, paid): token ids, indices of those before an action, and {such an index: a reward}. What the chat
-    template writes between two turns of the agent, and behind the EOS of one, is the environment's."""
-    eos, plain = tokenizer.eos_token, {"add_special_tokens": False}
-    ids, states, ends, parts, shown = [], [], [], [], ""
-    given, later = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
-    messages = [x for part in (given, later) if isinstance(part, list) for x in part]
-    if "messages" not in row and isinstance(later, str):  # it ends at its first EOS, if it holds one
-        parts = [(encode_prompt(tokenizer, given), later.partition(eos)[0])]
-    for i, role in enumerate(message.get("role") for message in messages):
-        if role not in ("system", "user", "assistant", "tool"):
-            raise UserError(f"unknown role {role!r}; known are system, user, assistant and tool")
-        if role != "assistant" or isinstance(given, str) or i < len(given):  # given is no action
-            continue
-        query = encode_prompt(tokenizer, messages[:i])
-        start = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (start.startswith(shown) and whole.startswith(start)):
-            raise UserError("the chat template does not render a turn as the continuation of those before it")
-        said, end, _ = whole[len(start) :].partition(eos)
-        parts.append((tokenizer(start[len(shown) :], **plain).input_ids if parts else query, said))
-        shown = start + said + end
-    for environment, said in parts:
-        response = tokenizer(said, **plain).input_ids + [tokenizer.eos_token_id]
-        ids += environment + response
-        states += range(len(ids) - len(response) - 1, len(ids) - 1)
-        ends += states[-1:]  # the state whose action is the turn's last token
-    if not ends or states[0] < 0:
-        raise UserError("no action token or no prompt: needs two texts, or messages of which an assistant says one")
+    """{"input_ids", "states", "actions", "rewards"} of a row, as lists; see the manual's example.
+
+    input_ids lack the last token, because no action follows it.
+    """
+    if "messages" in row:
+        turns = turns_of_messages(tokenizer, row["messages"], num_given=0)
+    elif isinstance(row["completion"], str):
+        turns = turns_of_text(tokenizer, row)
+    elif isinstance(row["prompt"], str):
+        raise UserError("a prompt of text needs a completion of text")
+    else:
+        messages = row["prompt"] + row["completion"]
+        turns = turns_of_messages(tokenizer, messages, num_given=len(row["prompt"]))
+    if not turns or not turns[0][0]:
+        needs = "needs two texts, or messages of which an assistant says one"
+        raise UserError(f"no action token or no prompt: {needs}")
+
+    turn_rewards = row["reward"]
+    if not isinstance(turn_rewards, list):
+        turn_rewards = [None] * (len(turns) - 1) + [turn_rewards]
+    elif len(turn_rewards) != len(turns):
+        raise UserError(f"assistant turns: {len(turns)}, but rewards: {len(turn_rewards)}")
+
+    ids = []
+    states = []
+    rewards = []
+    for (before, said), reward in zip(turns, turn_rewards, strict=True):
+        ids += before
+        states += range(len(ids) - 1, len(ids) - 1 + len(said))
+        rewards += [None] * (len(said) - 1) + [reward]
+        ids += said
+    actions = [ids[i + 1] for i in states]
+    return {"input_ids": ids[:-1], "states": states, "actions": actions, "rewards": rewards}
+
+
+def check_reward(row):
+    """Refuse a row whose reward is not a finite number, or a list of finite numbers, in fp32 too."""
     rewards = row["reward"] if isinstance(row["reward"], list) else [row["reward"]]
-    if isinstance(row["reward"], list) and len(rewards) != len(ends):
-        raise UserError(f"assistant turns: {len(ends)}, but rewards: {len(rewards)}")
-    if not all(isinstance(x, (int, float)) and abs(x) < 3e38 for x in rewards):  # finite in fp32, too
-        raise UserError(f"reward is {row['reward']!r}, which is not a finite number")
-    return ids, states, dict(zip(ends[-len(rewards) :], rewards))
+    for reward in rewards:
+        if not isinstance(reward, int | float) or not abs(reward) < 3e38:
+            raise UserError(f"reward is {row['reward']!r}, which is not a finite number")
 
 
-def encode_rated(rows, tokenizer, args):
-    """([(ids, states, actions, rewards)], statistics) of the rows that fit: all ids but the last, indices before an action."""
-    if "reward" not in rows.column_names:
-        raise UserError(f"{args.dataset}: needs the column reward; it has {', '.join(rows.column_names)}")
-    kept = []
-    for number, row in enumerate(rows, start=1):
+def load_rated(args, tokenizer):
+    """(rows as of `encode_row`, {"reward_mean", "reward_std"}) of the rows that fit."""
+    columns = [("prompt", "completion"), ("messages",)]
+    data = load_rows(args.dataset, columns, args.max_rows)
+    if "reward" not in data.column_names:
+        has = ", ".join(data.column_names)
+        raise UserError(f"{args.dataset}: needs the column reward; it has {has}")
+    rows = []
+    for number, row in enumerate(data, start=1):
         try:
-            ids, states, paid = encode_row(tokenizer, row)
-        except Exception as error:  # chat templates refuse in many ways
+            check_reward(row)
+            rows.append(encode_row(tokenizer, row))
+        except Exception as error:  # Chat templates refuse conversations in many ways.
             raise UserError(f"{args.dataset}: row {number}: {error}") from error
-        cut = max(len(ids) - args.max_length, 0)
-        if cut == 0 or ("messages" not in row and cut <= states[0]):  # the prompt's start, never a row's end
-            actions, paid = [ids[i + 1] for i in states], [paid.get(i) for i in states]
-            kept.append((ids[cut:-1], [i - cut for i in states], actions, paid))
+    kept = [row for row in rows if len(row["input_ids"]) + 1 <= args.max_length]
     if len(kept) < len(rows):
-        print(f"{args.dataset}: left out {len(rows) - len(kept)} of {len(rows)} rows, longer than --max_length")
-    given = torch.tensor([x for *_, paid in kept for x in paid if x is not None], dtype=torch.float64)
-    mean, std = (given.mean().item(), given.std(correction=0).item()) if args.normalize_rewards else (0.0, 1.0)
-    if not kept or (args.normalize_rewards and given.min() == given.max()):
-        raise UserError(f"{args.dataset}: " + ("all rewards are equal" if kept else "no row is left; see --max_length"))
-    kept = [(*row, [0.0 if x is None else (x - mean) / std for x in paid]) for *row, paid in kept]
+        left_out = f"left out {len(rows) - len(kept)} of {len(rows)} rows"
+        print(f"{args.dataset}: {left_out} longer than --max_length {args.max_length}")
+    if not kept:
+        reason = f"every one is longer than --max_length {args.max_length}"
+        raise UserError(f"{args.dataset}: no row is left; {reason}")
+
+    mean = 0.0
+    std = 1.0
+    if args.normalize_rewards:
+        given = [x for row in kept for x in row["rewards"] if x is not None]
+        given = torch.tensor(given, dtype=torch.float64)
+        mean = given.mean().item()
+        std = given.std(correction=0).item()
+        if given.min() == given.max():
+            raise UserError(f"{args.dataset}: all rewards are equal")
+    for row in kept:
+        # An action that the data gives no reward of its own has reward 0, normalised or not.
+        row["rewards"] = [0.0 if x is None else (x - mean) / std for x in row["rewards"]]
     return kept, {"reward_mean": mean, "reward_std": std}
 
 
-def collate_actions(rows, limits, num_rows, device):
-    """input_ids, attention_mask (B,T), states, actions, rewards, terminal, mask (B,A): right padded to multiples of 8
-    or to the largest T and A of all rows, and filled up with empty rows: compiled code meets few shapes."""
-    rows = rows + [([0], [], [], [])] * (num_rows - len(rows))
-    T, A = (min(-(-max(len(row[k]) for row in rows) // 8) * 8, limit) for k, limit in enumerate(limits))
-    padded = [torch.tensor([row[k] + [0] * (n - len(row[k])) for row in rows]) for k, n in enumerate((T, A, A, A))]
-    attention_mask = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
-    left = torch.tensor([[len(row[1])] for row in rows]) - torch.arange(A)  # actions to come, this one included
-    return [x.to(device) for x in (padded[0], attention_mask, *padded[1:], left == 1, left > 0)]
+def collate(rows, pad_id):
+    """A batch of rows, on the CPU: input_ids (B,T), and by action, (B,A) each, the states (indices
+    into input_ids), actions, rewards, mask and terminal."""
+    is_empty = not rows
+    if is_empty:
+        # A rank that gets no row of an epoch's last batch still has to exchange gradients.
+        rows = [{"input_ids": [pad_id], "states": [0], "actions": [pad_id], "rewards": [0.0]}]
+    num_actions = torch.tensor([[len(row["actions"])] for row in rows])
+    columns = torch.arange(num_actions.max().item())
+    mask = columns < num_actions
+    return {
+        "input_ids": pad_right([row["input_ids"] for row in rows], pad_id),
+        "states": pad_right([row["states"] for row in rows], 0),
+        "actions": pad_right([row["actions"] for row in rows], pad_id),
+        "rewards": pad_right([row["rewards"] for row in rows], 0.0),
+        "terminal": columns == num_actions - 1,
+        "mask": mask & ~torch.tensor(is_empty),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Training and evaluation
+
+
+def batch_loss(model, rows, num_tokens, means, loss_fn, tokenizer, args, device):
+    """The loss of some rows, divided by num_tokens, 0-d; adds what is logged to `means`."""
+    batch = to_device(collate(rows, tokenizer.eos_token_id), device)
+    mask = batch["mask"]
+    with autocast(args, device):
+        output = model(batch["input_ids"], batch["states"])
+    # The next column is the next state in which the agent acts.
+    next_vs = F.pad(output["vs"][:, 1:], (0, 1))
+    losses = loss_fn(
+        output["qs"],
+        output["target_qs"],
+        output["vs"],
+        next_vs,
+        output["logits"],
+        batch["actions"],
+        batch["rewards"],
+        batch["terminal"],
+        mask,
+        args,
+        num_tokens,
+    )
+    for name in ("q", "v", "cql", "awac"):
+        means.add_sum(f"loss/{name}", losses[name] * num_tokens, mask.sum())
+    target_qs = torch.stack(output["target_qs"]).amin(0)
+    target_q = target_qs.gather(-1, batch["actions"][..., None]).squeeze(-1)
+    advantage = target_q - output["vs"]
+    stats = {"val/q": target_q, "val/v": output["vs"], "val/advantage": advantage}
+    stats["val/awac_weight"] = torch.exp(args.beta * advantage)
+    means.add(stats, mask)
+    return losses["total"]
 
 
 @torch.no_grad()
-def evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling):
-    """{eval/score@beta=..} over the samples of all ranks; every beta gets the same prompts and uniforms."""
-    means, mine = Means(), range(args.eval_samples)[ranks.rank :: ranks.world_size]
-    uniforms = torch.rand(args.eval_samples, args.response_length, generator=seeded(args.seed, "samples", step))[mine]
+def standardise_inputs(ilql, rows, tokenizer):
+    """Set the mean and deviation that the heads' inputs are standardised by, from some rows' states."""
+    sample = rows[:: math.ceil(len(rows) / 128)]
+    device = ilql.hidden_mean.device
+    batch = to_device(collate(sample, tokenizer.eos_token_id), device)
+    hidden = ilql.policy.base_model(batch["input_ids"], use_cache=False).last_hidden_state
+    states = batch["states"][..., None].expand(-1, -1, hidden.shape[-1])
+    hidden = hidden.gather(1, states)[batch["mask"]]
+    ilql.hidden_mean.copy_(hidden.mean(0))
+    ilql.hidden_std.copy_(hidden.std(0, correction=0) + 1e-6)
+
+
+def score_samples(scorer, rows, texts, input_ids, is_real, args):
+    """Scores (B,) of responses, from the reward function or the reward model."""
+    if args.reward_model is None:
+        return call_reward_fn(scorer, rows, texts, input_ids.device)
+    scores = last_token_scores(scorer, input_ids, is_real)
+    if not scores.isfinite().all():
+        raise UserError(f"{args.reward_model}: not a finite score for each response")
+    return scores
+
+
+@torch.no_grad()
+def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ranks):
+    """{"eval/score@beta=...": mean score} over the samples of all ranks, and some of them as a
+    file.
+
+    Every beta gets the same prompts and uniforms.
+    """
+    mine = slice(ranks.rank, None, ranks.world_size)
     order = torch.randperm(len(prompts), generator=seeded(args.seed, "prompts")).tolist()
-    sequences, rows = zip(*[prompts[order[i % len(order)]] for i in mine])
-    queries = tokenizer.pad({"input_ids": list(sequences)}, padding_side="left", return_tensors="pt").to(ranks.device)
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
+    chosen = [prompts[order[i % len(order)]] for i in range(args.eval_samples)][mine]
+    rows = [row for _, row in chosen]
+    P = max(len(ids) for ids, _ in prompts)
+    queries, query_mask = left_pad([ids for ids, _ in chosen], P, sampling["pad_id"], ranks.device)
+    generator = seeded(args.seed, "samples", step)
+    uniforms = torch.rand(args.eval_samples, args.response_length, generator=generator)[mine]
+    uniforms = uniforms.to(ranks.device)
+
+    means = Means()
     for beta in args.eval_betas:
-        inputs = queries.input_ids, queries.attention_mask.bool(), uniforms.to(ranks.device), beta
-        responses = generate_steered(ilql, *inputs, **sampling)
+        responses = generate_steered(sampler, queries, query_mask, uniforms, beta, **sampling)
         mask = response_mask(responses, sampling["stop_ids"])
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not args.reward_model:
-            answers = scorer([row["prompt"] for row in rows], texts, **columns)
-            answers = answers if hasattr(answers, "__iter__") else []  # nothing, or one number for all
-            scores = torch.tensor([math.nan if isinstance(x, str | None) else float(x) for x in answers])
-        else:  # at the last real token
-            whole = [torch.cat(pair, 1) for pair in zip(inputs[:2], (responses, mask))]
-            hidden = last_hidden(scorer.to(ranks.device), *whole)[range(len(rows)), mask.sum(1) - mask.shape[1] - 1]
-            scores = scorer.score(hidden).squeeze(-1) - getattr(scorer.config, "score_mean", 0.0)
-        if len(scores) != len(rows) or not scores.isfinite().all():
-            raise UserError(f"{args.reward_fn or args.reward_model}: not a finite number for each response")
-        means.add({f"eval/score@beta={beta:g}": scores.to(ranks.device)})
-        for x in zip([row["prompt"] for row in rows[: 10 * run.is_main]], texts, scores.tolist()):
-            run.append("samples.jsonl", [{"step": step, "beta": beta, **dict(zip(("query", "response", "score"), x))}])
-    return means.reduce()
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        input_ids = torch.cat([queries, responses], dim=1)
+        is_real = torch.cat([query_mask, mask], dim=1)
+        scores = score_samples(scorer, rows, texts, input_ids, is_real, args)
+        means.add({f"eval/score@beta={beta:g}": scores})
+        if run.is_main:
+            columns = (rows[:10], texts[:10], scores[:10].tolist())
+            for row, text, score in zip(*columns, strict=True):
+                sample = {"query": row["prompt"], "response": text, "score": score}
+                run.append("samples.jsonl", [{"step": step, "beta": beta, **sample}])
+    return means.over_ranks()
+
+
+# --------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def check_flags(args):
+    """Refuse what is out of bounds or cannot work together, before anything is loaded."""
+    check_shared_flags(args)
+    check_at_least(args, 1, "num_epochs", "num_steps", "max_rows", "max_length")
+    check_at_least(args, 1, "log_every", "eval_every", "eval_samples", "response_length")
+    check_at_least(args, 0, "beta", "cql_weight", "awac_weight", "policy_lr_scale")
+    check_above_zero(args, "tau", "gamma", "alpha")
+    for name in ("tau", "gamma", "alpha"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at most 1")
+    if not args.eval_betas or any(not abs(beta) < 1e9 for beta in args.eval_betas):
+        raise UserError("--eval_betas: needs numbers below 1e9")
+    if args.reward_fn and args.reward_model:
+        raise UserError("--reward_fn and --reward_model: give one of them")
+    has_scorer = args.reward_fn or args.reward_model or args.dataset == Args.dataset
+    if args.eval_dataset and not has_scorer:
+        reason = "its samples are scored by --reward_fn or --reward_model; none is given"
+        raise UserError(f"--eval_dataset: {reason}")
+
+
+def load_evaluation(args, tokenizer):
+    """(prompts, scorer) of the samples: none where nothing is there to score them."""
+    if args.dataset == Args.dataset and not args.reward_fn and not args.reward_model:
+        args.reward_fn = "tasks/randomwalks.py:reward"
+    if not args.reward_fn and not args.reward_model:
+        return [], None
+    if args.eval_dataset is None:
+        args.eval_dataset = str(Path(args.dataset).with_name("prompts.jsonl"))
+    longest = max(args.max_length - args.response_length, 1)
+    prompts = load_prompts(args.eval_dataset, tokenizer, longest, "--max_length")
+    if args.reward_fn:
+        return prompts, load_function(args.reward_fn, "--reward_fn")
+    check_same_tokenizer(args.reward_model, tokenizer, args.model)
+    kind = AutoModelForSequenceClassification
+    scorer, _ = load_pretrained(kind, args.reward_model, num_labels=1)
+    return prompts, scorer
+
+
+def load_model(args, tokenizer, rows, prompts, statistics):
+    """The ILQL module, checked to be long enough for all rows and samples."""
+    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    num_positions = max(len(row["input_ids"]) for row in rows)
+    if prompts:
+        longest_sample = max(len(ids) for ids, _ in prompts) + args.response_length
+        num_positions = max(num_positions, longest_sample)
+    check_positions(policy.config, num_positions, "--max_length", args.model)
+    fit_to_tokenizer(policy, tokenizer)
+    check_decoding(policy, num_positions, args.model)
+    policy.requires_grad_(args.policy_lr_scale > 0)
+    ilql = ILQL(policy, args.num_qs, args.q_rows, **statistics)
+    if args.q_rows == "embeddings":
+        standardise_inputs(ilql, rows, tokenizer)
+    return ilql
 
 
 def main(args):
-    args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
-    if wrong := [flag for flag in ("tau", "gamma", "alpha") if not 0 < getattr(args, flag) <= 1]:
-        raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: must be above 0 and at most 1")
-    if not (args.eval_betas and all(abs(x) < 1e9 for x in args.eval_betas)) or (args.reward_fn and args.reward_model):
-        raise UserError("--eval_betas needs numbers below 1e9; of --reward_fn and --reward_model only one can be given")
+    args = resolve_args(args)
+    check_flags(args)
     tokenizer = load_tokenizer(args.model)
-    rows, statistics = encode_rated(load_rows(args.dataset, [("prompt", "completion"), ("messages",)]), tokenizer, args)
-    if args.dataset == Args.dataset and not (args.reward_fn or args.reward_model):
-        args.reward_fn = "tasks/randomwalks.py:reward"
-    if args.eval_dataset and not (args.reward_fn or args.reward_model):
-        raise UserError("--eval_dataset: its samples are scored by --reward_fn or --reward_model; none is given")
-    prompts, R = [], args.response_length
-    if args.reward_fn or args.reward_model:
-        args.eval_dataset = args.eval_dataset or str(Path(args.dataset).with_name("prompts.jsonl"))
-        for number, row in enumerate(load_rows(args.eval_dataset, [("prompt",)]), start=1):
-            try:
-                if not (ids := encode_prompt(tokenizer, row["prompt"])[-max(args.max_length - R, 1) :]):
-                    raise UserError("the prompt is empty")
-            except Exception as error:  # chat templates refuse in many ways
-                raise UserError(f"{args.eval_dataset}: row {number}: {error}") from error
-            prompts.append((ids, row))
-    if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    kind, scorer = AutoModelForSequenceClassification, args.reward_fn and load_function(args.reward_fn, "--reward_fn")
-    scorer = load_pretrained(kind, args.reward_model, num_labels=1)[0] if args.reward_model else scorer
-    limits, P = [max(len(row[k]) for row in rows) for k in (0, 1)], max([len(ids) for ids, _ in prompts], default=1)
-    device, mode = (ranks := init_ranks()).device, "reduce-overhead" if torch.cuda.is_available() else None
+    rows, statistics = load_rated(args, tokenizer)
+    prompts, scorer = load_evaluation(args, tokenizer)
+
+    ranks = init_ranks(args.timeout_minutes)
+    device = ranks.device
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
     torch.manual_seed(args.seed)
-    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    rope = getattr(policy.config, "rope_parameters", None) or {}
-    first = [rope.get("original_max_position_embeddings")] * (rope.get("rope_type") == "longrope")  # its angles change
-    if max(limits[0], P + R) > min([getattr(policy.config, "max_position_embeddings", math.inf), *first]):
-        raise UserError(f"--max_length: {limits[0]} or {P} + {R} tokens are more than the positions of {args.model}")
-    if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    pad_id, eos, num_ids = tokenizer.pad_token_id, tokenizer.eos_token_id, policy.config.vocab_size
-    policy.config.update({"pad_token_id": pad_id, "eos_token_id": eos})
-    policy.generation_config = GenerationConfig.from_model_config(policy.config)
-    cache, x = StaticCache(config=policy.config, max_cache_len=P + R), torch.zeros(1, 1).long()  # x: one id
-    plain = not getattr(policy.config, "final_logit_softcapping", None)
-    plain &= torch.allclose(policy.get_output_embeddings()(policy.base_model(x)[0]), policy(x).logits, atol=1e-3)
-    if not plain or policy.config.model_type == "gpt_neo" or any(x in str(cache.layers) for x in ("Linear", "Indexed")):
-        raise UserError(f"--model {args.model}: it scales or caps its logits, or attends locally, linearly or by index")
-    ilql = ILQL(policy.requires_grad_(args.policy_lr_scale > 0), args.num_qs, args.q_rows, **statistics).to(device)
-    if args.q_rows == "embeddings":  # what enters the heads is standardised, over the states of some rows
-        ids, real, states, *_, mask = collate_actions(rows[:: -(-len(rows) // 128)], limits, 128, device)
-        hidden = torch.no_grad()(last_hidden)(policy, ids, real).take_along_dim(states[..., None], 1)[mask]
-        ilql.heads.moments = torch.stack([hidden.mean(0), hidden.std(0, correction=0) + 1e-6])
-    train_model, loss_fn, decode_step = wrap(ilql, ranks, args.compile), ilql_loss, steered_decode_step
+    ilql = load_model(args, tokenizer, rows, prompts, statistics).to(device)
+    if args.reward_model:
+        scorer.to(device)
+
+    # Samples are drawn from a copy, whose weights are filled in before each evaluation.
+    sampler = copy.deepcopy(ilql).requires_grad_(False)
+    if args.precision == "bf16":
+        to_bf16(sampler.policy)
+    sampling = {
+        "stop_ids": torch.tensor([tokenizer.eos_token_id], device=device),
+        "pad_id": tokenizer.pad_token_id,
+        "allowed": allowed_ids(tokenizer, ilql.policy.config.vocab_size, device),
+        "step": steered_decode_step,
+    }
+    loss_fn = ilql_loss
     if args.compile:
-        loss_fn, decode_step = torch.compile(loss_fn), torch.compile(decode_step, fullgraph=True, mode=mode)
-    groups = [{"params": list(part.parameters())} for part in (ilql.policy, ilql.heads)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
-    bias = torch.tensor([-math.inf if i >= len(tokenizer) or i == pad_id else 0.0 for i in range(num_ids)]).to(device)
-    sampling = {"stop_ids": [eos], "pad_id": pad_id, "bias": bias, "cache": cache, "step": decode_step}
-    weights = (args.tau, args.gamma, args.beta, args.cql_weight, args.awac_weight * (args.policy_lr_scale > 0))
-    steps_per_epoch = -(-len(rows) // args.batch_size)
-    num_steps, decay_steps = (n * steps_per_epoch for n in (args.num_epochs, args.decay_epochs or args.num_epochs))
-    run, means, done = Run(args, ranks, "ilql_rlhf"), Means(), 0
-    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
-    off = {k for k, x in (("cql", args.cql_weight), ("awac", args.policy_lr_scale)) if not x}  # losses not computed
-    shown = ["loss/q", "loss/v", "loss/cql", "loss/awac", *(f"eval/score@beta={beta:g}" for beta in args.eval_betas)]
-    if args.resume:
-        done = (state := run.load_checkpoint())["step"]
-        ilql.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        compile_layers(ilql.policy)
+        loss_fn = torch.compile(ilql_loss, dynamic=True)
+        sampling["step"] = torch.compile(
+            steered_decode_step, mode="reduce-overhead", fullgraph=True
+        )
+    train_model = wrap(ilql, ranks)
+    heads = [parameter for name, parameter in ilql.named_parameters() if "policy." not in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": list(ilql.policy.parameters())}, {"params": heads}],
+        lr=args.lr,
+        weight_decay=0.0,
+        fused=True,
+    )
+    options = {"loss_fn": loss_fn, "tokenizer": tokenizer, "args": args, "device": device}
+
+    run = Run(args, ranks, "ilql_rlhf")
+    state = {"model": ilql, "optimizer": optimizer}
+    done = run.load_checkpoint(state) if args.resume else 0
+    num_steps = args.num_steps or args.num_epochs * math.ceil(len(rows) / args.batch_size)
+    batches = global_batches(len(rows), args.batch_size, num_steps, args.seed, done)
+    shown = ["loss/q", "loss/v", "loss/cql", "loss/awac"]
+    shown += [f"eval/score@beta={beta:g}" for beta in args.eval_betas]
+    evaluation = {"run": run, "sampling": sampling, "args": args}
+    evaluation |= {"tokenizer": tokenizer, "ranks": ranks}
+    means = Means()
+    if done == 0 and prompts:
+        run.log(0, evaluate(sampler, prompts, scorer, 0, **evaluation), shown)
+
     for step in progress(done, num_steps, ranks, "ilql_rlhf"):
-        # 1. batch
-        epoch, i = divmod(step - 1, steps_per_epoch)
-        order = torch.randperm(len(rows), generator=seeded(args.seed, "order", epoch)).tolist()
-        batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
-        num_tokens = torch.tensor(sum(len(row[1]) for row in batch), device=device)  # of all ranks
-        mine = sorted(batch, key=lambda row: len(row[0]))[ranks.rank :: ranks.world_size]
-        # 2. loss
-        for k in range(0, max(len(mine), 1), size):
-            *inputs, actions, rewards, terminal, mask = collate_actions(mine[k : k + size], limits, size, device)
-            train_model.require_backward_grad_sync = k + size >= len(mine)
-            with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                logits, qs, target_qs, vs = train_model(*inputs, actions, all_qs=args.cql_weight > 0)
-            next_vs = F.pad(vs[:, 1:], (0, 1))  # the next column is the next state in which the agent acts
-            losses = loss_fn(qs, target_qs, vs, next_vs, logits, actions, rewards, terminal, mask, *weights, num_tokens)
-            total = losses["total"] + (0.0 if args.awac_weight else 0.0 * logits.sum())  # DDP wants each weight in it
-            (total * ranks.world_size).backward()  # ranks average: times their number is the sum
-            means.add({f"loss/{k}": x * num_tokens / mask.sum() for k, x in losses.items() if k not in off}, mask.sum())
-            target_q = torch.stack(target_qs).amin(0).squeeze(-1)
-            stats = {"val/awac_weight": torch.exp(args.beta * (target_q - vs)), "val/advantage": target_q - vs}
-            means.add({"val/q": target_q, "val/v": vs, **stats}, mask)
-        # 3. update
-        lr = args.min_lr + (args.lr - args.min_lr) * max(1 - (step - 1) / decay_steps, 0)
-        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = args.policy_lr_scale * lr, lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
+        epoch, numbers = next(batches)
+        batch = [rows[i] for i in numbers]
+        groups = split_by_length(
+            [len(row["input_ids"]) for row in batch], args.micro_batch_size, ranks
+        )
+
+        # 2. Loss: the sum over all ranks divided by their number of actions.
+        num_tokens = torch.tensor(sum(len(row["actions"]) for row in batch), device=device)
+        for i, group in enumerate(groups):
+            # With several ranks, gradients are exchanged in the last backward only.
+            train_model.require_backward_grad_sync = i == len(groups) - 1
+            loss = batch_loss(train_model, [batch[j] for j in group], num_tokens, means, **options)
+            # DDP averages over ranks; times their number, the average is the sum.
+            (loss * ranks.world_size).backward()
+
+        # 3. Update, first the parameters, then the targets.
+        lr = args.lr * (1 - (step - 1) / num_steps)
+        optimizer.param_groups[0]["lr"] = args.policy_lr_scale * lr
+        optimizer.param_groups[1]["lr"] = lr
+        grad_norm = gradient_step(ilql, optimizer, args.max_grad_norm)
         ilql.update_targets(args.alpha)
-        evaluates = scorer is not None and (step % args.eval_every == 0 or step == num_steps)
-        saves = args.save_every and step % args.save_every == 0
+
+        # Log, evaluate, save.
+        evaluates = bool(prompts) and (step % args.eval_every == 0 or step == num_steps)
+        saves = args.save_every > 0 and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
-            metrics = {**means.reduce(), "lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
-            if not math.isfinite(metrics["optim/grad_norm"]):
+            if not grad_norm.isfinite():
                 raise UserError(f"step {step}: the gradient is not finite; lower --lr or --beta")
+            metrics = means.over_ranks()
+            metrics |= {"lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
+            means = Means()
             if evaluates:
-                metrics |= evaluate(ilql, prompts, scorer, args, tokenizer, ranks, run, step, sampling)
-            run.log(step, metrics, show=shown)
+                copy_weights(ilql, sampler)
+                metrics |= evaluate(sampler, prompts, scorer, step, **evaluation)
+            run.log(step, metrics, shown)
         if saves:
-            run.save_checkpoint(step, model=ilql.state_dict(), optimizer=optimizer.state_dict())
-    if ranks.rank == 0:
+            run.save_checkpoint(step, state)
+
+    if ranks.is_main:
         save_pretrained(run.folder / "model", ilql, tokenizer)
-        print(f"\nmodel folder  {run.folder}/model\nnext          ", end="python benchmarks/evaluate.py ")
-        print(f"--run {run.folder} --beta {args.eval_betas[-1]:g}{'' if prompts else ' --dataset my_prompts.jsonl'}")
+        flags = f"--run {run.folder} --beta {args.eval_betas[-1]:g}"
+        if not prompts:
+            flags += " --dataset my_prompts.jsonl"
+        print(f"\nmodel folder  {run.folder}/model")
+        print(f"next          python tools/evaluate.py {flags}")
 
 
 if __name__ == "__main__":

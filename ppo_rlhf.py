@@ -1,21 +1,60 @@
-"""PPO for RLHF: the third stage (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024).
+"""PPO for RLHF, the third stage: improve a policy against a score, close to where it started.
 
-For each update:
-    1. rollout      sample a response to each query from the policy
-    2. score        the response's score; log-probabilities under policy and frozen reference; values from the critic;
-                    reward of token t = -kl_coef * (logprob - ref_logprob), plus the score at the last token
-    3. advantages   GAE(gamma, lam) from rewards and values; whitened over the whole batch of all ranks
-    4. update       num_epochs passes in num_minibatches steps: clipped policy loss + vf_coef * clipped value loss, per real token
+Ziegler et al. 2019, "Fine-tuning language models from human preferences"; Stiennon et al. 2020,
+"Learning to summarize from human feedback"; Ouyang et al. 2022, "InstructGPT"; Schulman et al.
+2017, "Proximal policy optimization"; Huang et al. 2024, "The N+ implementation details of RLHF with
+PPO".
 
-One process:     python ppo_rlhf.py
-Eight GPUs:      torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model --reward_model runs/my_rm/model
+Each update:
+    1. rollout      sample a response to each prompt from the policy
+    2. score        each response gets a score, each token its log-probability under the policy and
+                    under the frozen reference, and the critic's value of the state before it
+    3. advantages   the reward of token t is -kl_coef * (logprob - ref_logprob), plus the score at
+                    the last token; GAE(gamma, lam) gives advantages and returns; advantages are
+                    whitened
+    4. update       num_epochs passes over the batch in num_minibatches steps each: clipped policy
+                    loss + vf_coef * clipped value loss - entropy_coef * entropy
 
-Shapes: B rows on this rank, P query length (left padded), R response length (right padded), T = P + R, V vocabulary.
-Index t of a (B,R) tensor is response token t: logprobs[:, t] is that token's, values[:, t] belongs to the state just
-before it, rewards[:, t] is paid for it. mask (B,R) is True for real response tokens, the EOS included.
+One process:    python ppo_rlhf.py
+Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \\
+                    --reward_model runs/my_rm/model --dataset my_prompts.jsonl
 
-Deviations from the papers' code: the score is paid at EOS itself, behind which the value is 0 (Huang et al.: one slot
-later); old log-probabilities come from the training forward; advantages are whitened over all ranks.
+Shapes: B rows on this rank, P longest prompt, R longest response, T = P + R, V vocabulary, d width.
+
+Time: index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
+values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
+
+Layout: only `generate` pads prompts on the left. After the rollout each row is packed to the left,
+prompt then response then padding. Causal attention never looks ahead, so the padding is invisible:
+no forward after the rollout has an attention mask, and positions count from 0. Rows of similar
+length share a micro-batch, which is cut after its longest row.
+
+After the end of a response: `responses` holds the pad id, `input_ids` holds EOS, `mask` is False,
+and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. `mask` includes the EOS
+itself.
+
+Rules that you might not expect:
+    - A response ends at EOS, at another end token of the model's config, or at --stop_token. It may
+      sample one of these before --min_length, and then it goes on.
+    - A response without such an end, cut at --response_length, is treated as finished: the state
+      after its last token is worth 0, nothing is bootstrapped. Its score is replaced by
+      --missing_eos_score. Scores are first normalised, then clipped, then replaced.
+    - The KL penalty is in the reward, not in the loss. Its estimate is k1, the log-ratio of the
+      sampled token. (k3 is logged beside it, and is never trained on.)
+    - The score is paid at the last token itself. (Huang et al. pay it one position later.)
+    - The pad and ids that no token has are never sampled, and have probability 0 in the policy and
+      in the reference. There is no top-k or top-p. The temperature divides the logits everywhere.
+    - The old log-probabilities come from the same forward as the new ones, not from the sampler,
+      which is a copy of the policy (in bf16 under --precision bf16). So the first ratio is 1.
+    - Log-softmax, scores and values are computed in fp32 under bf16 as well. Dropout is off.
+    - Advantages are whitened over all real tokens of the batch, on all ranks. Losses are sums over
+      the real tokens of a minibatch, divided by their number on all ranks.
+    - Every rank gathers the batch of all ranks. A minibatch is drawn from it, sorted by length and
+      dealt out, so the result does not depend on the number of ranks or on --micro_batch_size.
+    - An optimizer step is skipped, on all ranks, if its gradient is not finite or if the mean
+      probability ratio is beyond --ratio_guard. --early_stop_kl ends the whole update instead.
+    - With --compile these are compiled and nothing else is: each transformer layer, the decoding
+      step, and `token_logprobs`.
 """
 
 import copy
@@ -26,28 +65,36 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, StaticCache, masking_utils, modeling_layers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from utils import Means, Run, UserError, all_gather, check_divides, check_path, clock, init_ranks, launch, load_function
-from utils import load_pretrained, load_rows, masked_mean, newest_run, prepare, progress, save_pretrained
-from utils import seeded, whiten, wrap
+from utils import Means, Run, UserError, all_eos_ids, all_gather, allowed_ids, autocast
+from utils import call_reward_fn, check_above_zero, check_at_least, check_decoding, check_divides
+from utils import check_positions, check_same_tokenizer, check_shared_flags, clear_gradients, clock
+from utils import compile_layers, copy_weights, fit_to_tokenizer, head_logits, init_ranks, launch
+from utils import left_pad, load_function, load_pretrained, load_prompts, load_tokenizer
+from utils import masked_mean, newest_run, pack_rows, progress, prompt_order, resolve_args
+from utils import save_pretrained, seeded, select, split_by_length, static_cache, stop_token_ids
+from utils import sum_over_ranks, to_bf16, total_lengths, whiten, wrap
 
 
 @dataclass
 class Args:
     model: str | None = None
-    """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished run of sft.py"""
+    """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished
+    run of sft.py"""
     reward_model: str | None = None
-    """scores responses, and starts a separate critic; none, and no --reward_fn: the newest run of reward_model.py"""
-    value_trunk: Literal["separate", "shared"] = "separate"
-    """the critic: a network of its own, from the reward model (else --model, zero head), or a zero head on the policy"""
+    """scores the responses and is the critic's start: a Hub name or a folder; none, and no
+    --reward_fn: the newest finished run of reward_model.py"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns) -> one number for each response of this rank, some empty"""
+    """path/to/file.py:function(prompts, responses, **columns), which returns a number for each
+    response; instead of --reward_model"""
     monitor_fn: str | None = None
-    """a function like --reward_fn that is logged as monitor/<name> and never trained on: shows over-optimisation"""
+    """a function like --reward_fn that is logged as monitor/<name> and never trained on"""
+    value_trunk: Literal["separate", "shared"] = "separate"
+    """the critic: a network of its own, which starts as the reward model (else as the policy with a
+    zero head), or a zero head on the policy's own hidden states"""
     dataset: str = "data/randomwalks/prompts.jsonl"
-    """rows with prompt; every other column, but not prompts or responses, reaches the reward function"""
+    """rows with prompt; every other column reaches the reward function"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
@@ -61,539 +108,792 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per scoring or training forward on one rank (sampling takes all at once): memory, and how much is padding"""
+    """rows per forward on one rank, except in sampling, which takes all rows at once: saves memory
+    and padding, and does not change the objective"""
     query_length: int = 64
-    """tokens; longer prompts are left out and counted"""
+    """tokens of a prompt; longer prompts are left out and counted"""
     response_length: int = 10
-    """tokens sampled at most, the stop token included"""
+    """tokens of a response at most, the end token included"""
     stop_token: str | None = None
-    """a text, such as ".", whose every token ends a response as EOS does; none: EOS alone"""
+    """a text, such as ".", whose tokens end a response as EOS does; none: EOS alone"""
     min_length: int = 0
-    """tokens of a response before a stop token may end it"""
+    """tokens of a response before an end token ends it"""
     temperature: float = 1.0
-    """divides the logits wherever a log-probability is taken: in sampling, in the policy, in the reference"""
+    """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
     """learning rate of the first update; decays linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
     kl_coef: float = 0.05
-    """price of one nat of KL to the reference; with --target_kl_nats, where the price starts"""
+    """price of one nat of KL to the reference; with --target_kl_nats, its first value"""
     target_kl_nats: float | None = None
-    """adapt kl_coef until the KL of a response is this; none: kl_coef stays"""
+    """adapt kl_coef until the KL of a response is this; none: kl_coef stays as it is"""
     kl_horizon: int = 10000
-    """with --target_kl_nats: how slowly kl_coef adapts, in episodes"""
+    """with --target_kl_nats: episodes in which kl_coef can change by about its own size"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
     """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
     cliprange: float = 0.2
-    """the policy's probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
+    """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
-    """the upper side alone: 1 - cliprange .. 1 + cliprange_high; none: as the lower"""
+    """replaces the upper bound by 1 + cliprange_high; none: the same on both sides"""
     cliprange_value: float = 0.2
-    """a new value counts at most this far from the old one, in the units of the rewards that are paid"""
+    """how far, in units of the rewards, a new value may be from the old one"""
     vf_coef: float = 0.1
     """weight of the value loss"""
     entropy_coef: float = 0.0
-    """reward, in the loss, of one nat of a token's entropy"""
+    """weight of the entropy bonus, per nat of a token's entropy"""
+    ratio_guard: float = 10.0
+    """skip an optimizer step whose mean probability ratio is above this or below 1 / this"""
     early_stop_kl: float | None = None
-    """an update ends before a step (never its first) whose minibatch has policy/approxkl_avg above this; none: never"""
+    """end an update before the step (never its first) at which policy/approxkl_avg is above this"""
     normalize_scores: bool = False
-    """subtract the running mean of all scores so far, --missing_eos_score apart, and divide by their standard deviation"""
+    """subtract the running mean of all scores so far and divide by their standard deviation"""
     cliprange_score: float | None = None
-    """scores are clipped to -cliprange_score .. cliprange_score, after normalisation; none: never"""
+    """clip scores to -cliprange_score .. cliprange_score, after normalisation; none: never"""
     whiten_rewards: bool = False
-    """scale the rewards of a batch to standard deviation 1 about their mean, which makes kl_coef a relative price"""
+    """divide the rewards of a batch by their standard deviation, keeping their mean"""
     missing_eos_score: float | Literal["none"] = -1.0
-    """score of a response without stop token in place of its own: sensible where 0 is average; none: it keeps its own"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """what forwards, backwards and sampling compute in; weights and optimizer, softmax and scalar head stay fp32"""
+    """the score of a response that does not end by itself; none: it keeps its own score"""
+    precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
+    """what forwards, backwards and sampling compute in; weights and optimizer state stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile every layer, the log-probabilities and the decoding step"""
+    """compile each transformer layer, the log-probabilities and the decoding step"""
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: none"""
     resume: str | None = None
     """a run folder: go on from its newest checkpoint, with its own arguments"""
+    timeout_minutes: float = 60
+    """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """where metrics go besides metrics.jsonl"""
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
-def predicting(response_length, device):
-    """Indices (R,) of what predicts the response, P - 1 .. T - 2, from the end; a slice would cost B copies of the head."""
-    return torch.arange(-response_length - 1, -1, device=device)
+# --------------------------------------------------------------------------------------------------
+# The algorithm
 
 
-def response_logits(policy, input_ids, attention_mask, response_length):
-    """Logits (B,R,V) that predict the response's tokens, to which `logit_bias` belongs, and the head's inputs (B,R,d)."""
-    hidden, mask, keep = [], attention_mask.long(), predicting(response_length, input_ids.device)
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
-    with policy.get_output_embeddings().register_forward_pre_hook(lambda _, states: hidden.extend(states)):
-        logits = policy(input_ids * mask, logits_to_keep=keep, **inputs).logits
-    return logits, hidden[0]
-
-
-def score_head(model, hidden):
-    """Scores (...) of hidden states (..., d): the linear head in full precision, minus the centre in the config."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1) - getattr(model.config, "score_mean", 0.0)
-
-
-def last_hidden(model, input_ids, attention_mask):
-    """Hidden states (B,T,d) below the head. Positions count real tokens only, and no id behind the mask is read."""
-    inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
-    inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    return model.base_model(input_ids.masked_fill(attention_mask == 0, 0), **inputs).last_hidden_state
-
-
-def last_token_scores(model, input_ids, attention_mask):
-    """Score of each row (B,), fp32, at its last real token: by the mask, wherever the padding is and whatever ids it
-    holds. model: a plain AutoModelForSequenceClassification with one label. input_ids, attention_mask (B,T)."""
-    last = (attention_mask.long() * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
-    hidden = last_hidden(model, input_ids, attention_mask)
-    return score_head(model, hidden[torch.arange(len(last), device=last.device), last])
-
-
-class ActorCritic(torch.nn.Module):
-    """Policy and critic, of one trunk or of two, as one module that can be wrapped; without a critic, log-probabilities alone."""
-
-    def __init__(self, policy, critic, entropy_coef=1.0):
-        super().__init__()
-        self.policy, self.critic, self.has_bonus, self.logprobs = policy, critic, entropy_coef != 0, token_logprobs
-
-    def forward(self, input_ids, attention_mask, response_length, temperature, bias):
-        """logprobs, entropy, values of the response's tokens, each (B,R); without a critic logprobs, the tensor, alone."""
-        logits, hidden = response_logits(self.policy, input_ids, attention_mask, response_length)
-        logprobs, entropy = self.logprobs(logits, input_ids[:, -response_length:], temperature, bias, self.has_bonus)
-        if self.critic is None:
-            return logprobs
-        if self.critic.base_model is not self.policy.base_model:
-            hidden = last_hidden(self.critic, input_ids, attention_mask)[:, predicting(response_length, logits.device)]
-        return logprobs, entropy, score_head(self.critic, hidden)
-
-
-def logit_bias(policy, tokenizer):
-    """(V,) to add to logits: -inf for pad and ids that no token has, which neither policy nor reference can say; else 0."""
-    said, ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}, range(policy.config.vocab_size)
-    return torch.tensor([0.0 if i in said else -math.inf for i in ids], device=policy.device)
-
-
-def first_above(weights, target):
-    """First index (B,1) with weight at which the cumulative sum of weights (B,n) exceeds target (B,1), and the sum before."""
-    cumulative = weights.cumsum(-1)
-    found = ((cumulative > target) | (cumulative == cumulative[:, -1:])) & (weights > 0)
-    index = torch.where(found, math.inf, weights).argmax(-1, keepdim=True)  # if rounding left none, the heaviest
-    return index, (cumulative - weights).gather(1, index)
-
-
-def sample_tokens(logits, uniforms, temperature, bias=0.0):
-    """One token id per row (B,) by inverse CDF: the first id whose cumulative probability exceeds u times the total.
-    logits (B,V); uniforms (B,) in [0,1) are all the randomness there is. temperature 0 takes the most likely token."""
-    logits = logits.float() + bias
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    blocks = F.pad(logits, (0, -logits.shape[-1] % 64), value=-math.inf).unflatten(-1, (-1, 64))
-    weights = blocks.exp().sum(-1)  # of each block of 64 ids: one cumulative sum over V is slow
-    block, before = first_above(weights, target := uniforms[:, None] * weights.sum(-1, keepdim=True))
-    index, _ = first_above(blocks.gather(1, block[..., None].expand(-1, 1, 64)).squeeze(1).exp(), target - before)
-    return (64 * block + index).squeeze(1)
-
-
-def decode_step(model, cache, tokens, key_mask, uniforms, temperature, bias=0.0):
-    """Feed tokens (B,n) to the model and sample the next one (B,) of each row. key_mask (B,S): slots that may be read."""
-    position_ids = (key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # nothing may be read behind the tokens
-    inputs = {"attention_mask": key_mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
-    logits = model(tokens, **inputs, logits_to_keep=tokens.new_full((1,), -1)).logits  # no slice: see `predicting`
-    return sample_tokens(logits[:, -1], uniforms, temperature, bias)
-
-
-@torch.no_grad()
-def generate(model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, bias=0.0, min_length=0,
-             step=decode_step, cache=None):  # fmt: skip
-    """Sample a response (B,R) to each left padded query (B,P), one `step`, perhaps compiled, per token; with a cache, of P + R
-    slots and kept whole, plain `decode_step` reads the query; without, ended rows leave. query_mask (B,P): real tokens. uniforms
-    (B,R) in [0,1): all randomness. bias (V,): `logit_bias`. A row is pad_id behind its first stop id at an index >= min_length."""
-    (B, P), R, device, drops = queries.shape, uniforms.shape[1], queries.device, cache is None
-    cache = StaticCache(config=model.config, max_cache_len=P + R) if cache is None else cache
-    responses, rows = torch.full((B, R), pad_id, device=device), torch.arange(B, device=device)  # rows: still decoded
-    prompt, prefill = DynamicCache(), step if drops else decode_step  # its keys are new: no CUDA graph may own them
-    queries, query_mask = queries.masked_fill(query_mask == 0, 0), query_mask.long()
-    responses[:, 0] = prefill(model, prompt, queries, query_mask, uniforms[:, 0], temperature, bias)
-    cache.reset(), [cache.update(x.keys, x.values, i) for i, x in enumerate(prompt.layers)], prompt.layers.clear()
-    key_mask, stop_ids = F.pad(query_mask, (0, R)), torch.as_tensor(stop_ids, device=device)
-    for t in range(1, R):
-        key_mask[:, P + t - 1] = 1
-        if t % (2 if device.type == "cpu" else 8) == 0:  # asking makes a GPU wait
-            alive = (~torch.isin(responses[rows, min_length:t], stop_ids).any(1)).nonzero().squeeze(1)
-            if len(alive) == 0:
-                break
-            if drops and 1 < len(alive) <= len(rows) * 3 / 4:  # copies cost; one row would compile anew
-                rows, key_mask = rows[alive], key_mask[alive]
-                cache.reorder_cache(alive)
-        tokens = responses[rows, t - 1, None]
-        responses[rows, t] = step(model, cache, tokens, key_mask, uniforms[rows, t], temperature, bias)
-    return torch.where(response_mask(responses, stop_ids, min_length), responses, pad_id)
-
-
-# ---- The algorithm ---------------------------------------------------------------------------------------------------
 def response_mask(responses, stop_ids, min_length=0):
     """(B,R) bool: True up to and including each row's first stop id at an index >= min_length."""
     is_stop = torch.isin(responses, torch.as_tensor(stop_ids, device=responses.device))
     is_stop[:, :min_length] = False
-    return is_stop.long().cumsum(1) - is_stop.long() == 0  # no stop before this token
+    stops_before = is_stop.long().cumsum(1) - is_stop.long()
+    return stops_before == 0
 
 
-def token_logprobs(logits, tokens, temperature, bias=0.0, entropy_grad=True):
-    """Log-probability of each token and entropy of each distribution softmax((logits + bias) / T), both (B,R), in nats and
-    fp32; logits (B,R,V), some perhaps -inf, predict the tokens (B,R); bias (V,). Without entropy_grad the entropy is detached."""
-    logits = (logits + bias).to(torch.promote_types(logits.dtype, torch.float32))
-    logits = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
-    said = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]  # a gather whose backward fuses
-    total = (weights := logits.exp()).sum(-1)
-    entropy = total.log() - (weights * logits.clamp(min=-1e30)).sum(-1) / total  # 0 times infinity is NaN
-    return torch.where(said, logits, 0.0).sum(-1) - total.log(), entropy if entropy_grad else entropy.detach()
+def token_logprobs(logits, tokens, temperature, allowed=None):
+    """Log-probability of each token and entropy of its distribution, both (B,R), in nats and fp32.
+
+    logits (B,R,V) predict tokens (B,R); they are divided by the temperature. allowed (V,) bool: the
+    ids that have a probability; logits of -inf are allowed too. Memory, see docs/ppo_rlhf.md.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    log_normaliser = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - log_normaliser
+
+    # The entropy is log Z - sum of p * logit, where 0 * -inf counts as 0.
+    probabilities = torch.softmax(logits, dim=-1)
+    finite_logits = logits.masked_fill(logits == -math.inf, 0.0)
+    entropy = log_normaliser - (probabilities * finite_logits).sum(-1)
+    return logprobs, entropy
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Reward of each token (B,R): -kl_coef * log-ratio at every real token, plus the score (B,) at the last real one.
-    The log-ratio (k1) estimates the KL to the reference without bias (Ziegler et al. 2019, eq. 2)."""
-    penalties = -kl_coef * torch.where(mask, logprobs - ref_logprobs, 0.0)
+    """The reward of each token, (B,R): the KL penalty at every token, the score (B,) at the last
+    one.
+
+    The penalty -kl_coef * (logprob - ref_logprob) is the k1 estimate of the KL to the reference,
+    which is unbiased (Ziegler et al. 2019, equation 2).
+    """
+    log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
-    return penalties + torch.where(is_last, scores[:, None], 0.0)
+    return -kl_coef * log_ratio + torch.where(is_last, scores[:, None], 0.0)
 
 
 def compute_gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimates and returns (B,R) (Schulman et al. 2016, eq. 16): A_t = sum over k >= t of (gamma *
-    lam)^(k - t) * (r_k + gamma * V_{k+1} - V_k); return_t = A_t + V_t. V behind the last real token, a terminal state, is 0;
-    nothing else behind the mask has an influence. All inputs (B,R)."""
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, equation 16).
+
+    The usual recursion, backwards from the last token, after which the value and the advantage are
+    0:
+
+        delta[t] = rewards[t] + gamma * values[t + 1] - values[t]
+        advantages[t] = delta[t] + gamma * lam * advantages[t + 1]
+        returns[t] = advantages[t] + values[t]
+
+    Unrolled, it is equation 16 itself: advantages[t] = sum over k >= t of (gamma * lam)^(k - t) *
+    delta[k]. That is one product with a triangular matrix, here in fp64, for all t at once.
+    """
+    rewards = torch.where(mask, rewards, 0.0).double()
+    values = torch.where(mask, values, 0.0).double()
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
     steps = torch.arange(deltas.shape[1], device=deltas.device)
-    powers = torch.tril((gamma * lam) ** (steps[:, None] - steps).clamp(min=0).to(deltas))  # at (k,t): of k - t
-    advantages = deltas @ powers
-    return advantages, advantages + values
+    exponents = (steps[:, None] - steps).clamp(min=0)  # k - t, for k down and t across
+    weights = torch.tril((gamma * lam) ** exponents.double())
+    advantages = torch.where(mask, deltas @ weights, 0.0)
+    returns = advantages + values
+    return advantages.float(), returns.float()
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
-    """Clipped surrogate per token (Schulman et al. 2017, eq. 7, negated): (loss, ratio, clipped), each (B,R). The ratio is
-    clipped to 1 - cliprange .. 1 + cliprange_high (None: cliprange); clipped: that branch is strictly the larger loss."""
+    """PPO's clipped loss per token: (loss, ratio, clipped), each (B,R).
+
+    Schulman et al. 2017, equation 7, negated. The ratio new / old is clipped to 1 - cliprange ..
+    1 + cliprange_high (None: cliprange). clipped: where the clipped loss is strictly the larger.
+    """
     ratio = torch.exp(new_logprobs - logprobs)
-    plain = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
-    return torch.maximum(plain, bounded), ratio, bounded > plain
+    high = cliprange if cliprange_high is None else cliprange_high
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - cliprange, 1 + high)
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    return loss, ratio, clipped_loss > unclipped_loss
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Clipped squared error per token, the 1/2 included: (loss, clipped), each (B,R); clipped as in `policy_loss`. A new
-    value counts at most cliprange_value away from the old one (OpenAI's code for Ziegler et al. 2019)."""
-    plain = 0.5 * (new_values - returns) ** 2
-    bounded = 0.5 * (values + (new_values - values).clamp(-cliprange_value, cliprange_value) - returns) ** 2
-    return torch.maximum(plain, bounded), bounded > plain
+    """Half the squared error of the value, clipped like the policy's: (loss, clipped), each (B,R).
+
+    A new value counts only as far as cliprange_value from the old one (the code of Ziegler et al.).
+    """
+    change = (new_values - values).clamp(-cliprange_value, cliprange_value)
+    unclipped_loss = 0.5 * (new_values - returns) ** 2
+    clipped_loss = 0.5 * (values + change - returns) ** 2
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    return loss, clipped_loss > unclipped_loss
 
 
-def ppo_loss(new_logprobs, entropy, new_values, logprobs, values, advantages, returns, mask, args):
-    """(sum over real tokens of policy loss + vf_coef * value loss - entropy_coef * entropy, its parts (B,R) by name)."""
-    new_logprobs, logprobs = (torch.where(mask, x, 0.0) for x in (new_logprobs, logprobs))  # at -inf: gradient NaN
-    pg_loss, ratio, pg_clipped = policy_loss(new_logprobs, logprobs, advantages, args.cliprange, args.cliprange_high)
-    vf_loss, vf_clipped = value_loss(new_values, values, returns, args.cliprange_value)
-    losses = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy
-    stats = {"loss/policy_avg": pg_loss, "loss/value_avg": vf_loss, "policy/entropy_avg": entropy, "val/ratio": ratio}
-    stats |= {"policy/approxkl_avg": 0.5 * (new_logprobs - logprobs) ** 2, "policy/clipfrac_avg": pg_clipped}
-    return torch.where(mask, losses, 0.0).sum(), {**stats, "val/clipfrac_avg": vf_clipped}
+def ppo_targets(batch, kl_coef, args):
+    """What the losses aim at: rewards, advantages and returns, each (B,R)."""
+    mask = batch["mask"]
+    rewards = compute_rewards(
+        batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef
+    )
+    if args.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = compute_gae(rewards, batch["values"], mask, args.gamma, args.lam)
+    return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
 
 
-def normalise(scores, mask, moments):
-    """(scores minus their running mean over their running standard deviation, new moments); moments (3,) fp64: count, sum and
-    sum of squares of the scores so far, on all ranks. The rows (B,) where mask is False do not enter them."""
-    x = torch.where(mask, scores, 0.0).double()
-    moments = moments + all_gather(torch.stack([mask.sum(), x.sum(), (x**2).sum()])[None]).sum(0)
-    mean, square = moments[1:] / moments[0].clamp(min=1)
-    return ((scores - mean) * torch.rsqrt((square - mean**2).clamp(min=0) + 1e-8)).to(scores.dtype), moments
+def ppo_loss(new, batch, args):
+    """The loss summed over real tokens, 0-d, and its parts (B,R) by the names that are logged.
+
+    new: logprobs, entropy and values (B,R) of the current parameters. batch: the same rows of the
+    rollout, with the logprobs and values that the update started from, and the targets.
+    """
+    mask = batch["mask"]
+    pg_loss, ratio, pg_clipped = policy_loss(
+        new["logprobs"], batch["logprobs"], batch["advantages"], args.cliprange, args.cliprange_high
+    )
+    vf_loss, vf_clipped = value_loss(
+        new["values"], batch["values"], batch["returns"], args.cliprange_value
+    )
+    loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * new["entropy"]
+    stats = {
+        "loss/policy_avg": pg_loss,
+        "loss/value_avg": vf_loss,
+        "policy/entropy_avg": new["entropy"],
+        "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
+        "policy/clipfrac_avg": pg_clipped,
+        "val/ratio": ratio,
+        "val/clipfrac_avg": vf_clipped,
+    }
+    return torch.where(mask, loss, 0.0).sum(), stats
 
 
 class AdaptiveKLController:
     """Moves kl_coef until the KL of a response meets a target (Ziegler et al. 2019, section 2.2)."""
 
     def __init__(self, kl_coef, target, horizon):
-        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
+        self.kl_coef = kl_coef
+        self.target = target
+        self.horizon = horizon
 
     def update(self, kl, num_episodes):
-        """The new coefficient. kl: mean KL of a response in nats; num_episodes: responses behind it; both global."""
-        self.kl_coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * min(num_episodes / self.horizon, 1.0)
+        """The new coefficient, after num_episodes responses of all ranks with mean KL kl, in nats."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
         return self.kl_coef
 
+    def state_dict(self):
+        return {"kl_coef": self.kl_coef}
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
-def load_tokenizer(path):
-    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
-    check_path(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many kinds, with long texts
-        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
-    return tokenizer
+    def load_state_dict(self, state):
+        self.kl_coef = state["kl_coef"]
 
 
-def stop_token_ids(tokenizer, stop_token, eos):
-    """Ids that end a response: EOS (an id or a list), and those of a text as it stands behind a letter, not at a start."""
-    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else ())}
-    if stop_token is None:
-        return sorted(eos)
-    x, ids = (tokenizer("x" + text, add_special_tokens=False).input_ids for text in ("", stop_token))
-    if ids[: len(x)] != x or ids == x or {tokenizer.unk_token_id, tokenizer.pad_token_id} & {*ids[len(x) :]}:
-        raise UserError(f"--stop_token {stop_token!r}: the tokenizer has no tokens for it alone behind a letter")
-    return sorted(eos.union(ids[len(x) :]))
+class RunningMoments:
+    """Mean and standard deviation of all scores so far, over all ranks, for --normalize_scores."""
+
+    def __init__(self):
+        self.count = 0.0
+        self.total = 0.0
+        self.total_of_squares = 0.0
+
+    def update(self, scores, mask):
+        """Take in the scores (B,) where mask (B,) is True."""
+        scores = torch.where(mask, scores, 0.0).double()
+        sums = torch.stack([mask.double().sum(), scores.sum(), (scores**2).sum()])
+        count, total, total_of_squares = sum_over_ranks(sums).tolist()
+        self.count += count
+        self.total += total
+        self.total_of_squares += total_of_squares
+
+    def normalise(self, scores):
+        """The scores less the mean, divided by the standard deviation."""
+        mean = self.total / max(self.count, 1)
+        variance = self.total_of_squares / max(self.count, 1) - mean**2
+        return (scores - mean) / math.sqrt(max(variance, 0.0) + 1e-8)
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    is_text = isinstance(prompt, str)
-    if not is_text and tokenizer.chat_template is None:
-        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
-        ids = ids[:-1]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    return ids
+# --------------------------------------------------------------------------------------------------
+# The models
 
 
-def encode_prompts(rows, tokenizer, query_length, path):
-    """[(token ids, row)] of the prompts that fit."""
-    encoded = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            encoded.append((encode_prompt(tokenizer, row["prompt"]), row))
-        except Exception as error:  # chat templates refuse in many ways
-            raise UserError(f"{path}: row {number}: {error}") from error
-        if not encoded[-1][0]:
-            raise UserError(f"{path}: row {number} has an empty prompt")
-    kept = [pair for pair in encoded if len(pair[0]) <= query_length]
-    if len(kept) < len(encoded):
-        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts longer than --query_length")
-    if not kept:
-        raise UserError(f"{path}: no prompt is left; every one is longer than --query_length {query_length}")
-    return kept
+def response_positions(input_ids, prompt_lengths, response_length):
+    """(B,R): where response token t of each row stands in input_ids (B,T); the last index beyond."""
+    t = torch.arange(response_length, device=input_ids.device)
+    return (prompt_lengths[:, None] + t).clamp(max=input_ids.shape[1] - 1)
 
 
-def prompt_order(num_prompts, first, count, seed):
-    """Indices of the prompts of episodes first .. first + count - 1: pass after pass, each in an order of its own."""
-    passes = range(first // num_prompts, (first + count - 1) // num_prompts + 1)
-    order = [i for p in passes for i in torch.randperm(num_prompts, generator=seeded(seed, "prompts", p)).tolist()]
-    return order[first % num_prompts :][:count]
+def response_hidden(model, input_ids, positions):
+    """Hidden states (B,R,d) just before the tokens at positions (B,R): what these are predicted from."""
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+    return hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def left_pad(sequences, length, pad_id, device):
-    """(queries, query_mask), each (B,P)."""
-    queries = torch.tensor([[pad_id] * (length - len(ids)) + ids for ids in sequences])
-    query_mask = torch.tensor([[False] * (length - len(ids)) + [True] * len(ids) for ids in sequences])
-    return queries.to(device), query_mask.to(device)
+def score_head(model, hidden):
+    """Scores (...) in fp32 of hidden states (..., d): the linear head, less the config's centre."""
+    weight = model.score.weight[0].float()
+    scores = (hidden.float() * weight).sum(-1)
+    return scores - getattr(model.config, "score_mean", 0.0)
 
 
-def call_reward_fn(function, rows, responses, device):
-    """The function's scores (B,) fp32 for rows of the data set and the texts of their responses."""
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompts", "responses")}
-    try:
-        scores = [float(score) for score in function([row["prompt"] for row in rows], responses, **columns)]
-    except Exception as error:  # the user's code, or an answer that is no sequence of numbers
-        raise UserError(f"{function.__name__} gives no number for each response: {error!r}") from error
-    if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
-        raise UserError(f"{function.__name__} returned {scores} for {len(rows)} responses, not a finite number each")
-    return torch.tensor(scores, device=device)
+def last_token_scores(model, input_ids, attention_mask):
+    """The score (B,), in fp32, of each row at its last real token.
+
+    model: a plain AutoModelForSequenceClassification with one label. input_ids (B,T);
+    attention_mask (B,T): which tokens are real, whatever side the padding is on and whatever ids it
+    holds, because the rows are packed to the left first.
+    """
+    input_ids, lengths = pack_rows(input_ids, attention_mask)
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return score_head(model, hidden[rows, lengths - 1])
+
+
+class Actor(torch.nn.Module):
+    """A language model that gives the log-probabilities of responses: the policy or the reference.
+
+    logprobs_fn is `token_logprobs`, or its compiled version under --compile.
+    """
+
+    def __init__(self, policy, temperature, allowed, logprobs_fn=token_logprobs):
+        super().__init__()
+        self.policy = policy
+        self.temperature = temperature
+        self.allowed = allowed
+        self.logprobs_fn = logprobs_fn
+
+    def forward(self, input_ids, prompt_lengths, response_length):
+        """logprobs and entropy (B,R), and the hidden states (B,R,d) that they are computed from."""
+        positions = response_positions(input_ids, prompt_lengths, response_length)
+        hidden = response_hidden(self.policy, input_ids, positions)
+        tokens = input_ids.gather(1, positions)
+        logits = head_logits(self.policy, hidden)
+        logprobs, entropy = self.logprobs_fn(logits, tokens, self.temperature, self.allowed)
+        return {"logprobs": logprobs, "entropy": entropy, "hidden": hidden}
+
+
+class ActorCritic(torch.nn.Module):
+    """Actor and critic as one module, so that DDP can wrap both."""
+
+    def __init__(self, actor, critic):
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+
+    def forward(self, input_ids, prompt_lengths, response_length):
+        """logprobs, entropy and values of the response tokens, each (B,R)."""
+        output = self.actor(input_ids, prompt_lengths, response_length)
+        hidden = output["hidden"]
+        if self.critic.base_model is not self.actor.policy.base_model:
+            positions = response_positions(input_ids, prompt_lengths, response_length)
+            hidden = response_hidden(self.critic, input_ids, positions)
+        values = score_head(self.critic, hidden)
+        return {"logprobs": output["logprobs"], "entropy": output["entropy"], "values": values}
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample_tokens(logits, uniforms, temperature, allowed=None):
+    """One token id per row, (B,), by inverting the cumulative distribution.
+
+    logits (B,V); uniforms (B,) in [0,1). The token is the first whose cumulative probability
+    exceeds u times the total. Temperature 0 takes the most likely one.
+    """
+    logits = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    likeliest = logits.argmax(-1, keepdim=True)
+    if temperature == 0:
+        return likeliest.squeeze(1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    # A parallel sum may step up where the probability is 0, by rounding.
+    is_possible = probabilities.gather(1, tokens) > 0
+    return torch.where(is_possible, tokens, likeliest).squeeze(1)
+
+
+def decode_step(model, tokens, uniforms, temperature, allowed, **inputs):
+    """Feed tokens (B,n) to the model and sample the next one, (B,); inputs: cache, mask, positions."""
+    hidden = model.base_model(tokens, use_cache=True, **inputs).last_hidden_state[:, -1]
+    return sample_tokens(head_logits(model, hidden), uniforms, temperature, allowed)
+
+
+@torch.no_grad()
+def generate(
+    model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, allowed=None, min_length=0,
+    step=decode_step, cache=None,
+):  # fmt: skip
+    """Sample a response (B,R) to each prompt; a row is pad_id after its end.
+
+    queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
+    the randomness there is. stop_ids end a row at an index >= min_length. allowed (V,) bool: ids
+    that may be sampled. step: `decode_step` or its compiled version. cache: of P + R slots, to be
+    reused.
+    """
+    B, P = queries.shape
+    R = uniforms.shape[1]
+    cache = cache or static_cache(model.config, P + R)
+    cache.reset()
+    stop_ids = torch.as_tensor(stop_ids, device=queries.device)
+    prompt_lengths = query_mask.long().sum(1, keepdim=True)
+    positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
+    key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
+    inputs = {"temperature": temperature, "allowed": allowed}
+    inputs |= {"past_key_values": cache, "attention_mask": key_mask}
+
+    responses = torch.full((B, R), pad_id, device=queries.device)
+    ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
+    next_tokens = decode_step(model, queries, uniforms[:, 0], position_ids=positions, **inputs)
+    for t in range(R):
+        responses[:, t] = torch.where(ended, pad_id, next_tokens)
+        if t >= min_length:
+            ended = ended | torch.isin(next_tokens, stop_ids)
+        if t == R - 1 or ended.all():
+            break
+        key_mask[:, P + t] = 1
+        tokens = responses[:, t, None]
+        positions = prompt_lengths + t
+        next_tokens = step(model, tokens, uniforms[:, t + 1], position_ids=positions, **inputs)
+    return responses
+
+
+# --------------------------------------------------------------------------------------------------
+# The phases of an update
+
+
+def next_prompts(prompts, update, args, ranks):
+    """This rank's prompts of an update and the uniforms (B,R) to sample with.
+
+    Those of all ranks together depend on (seed, update) alone.
+    """
+    B = args.batch_size // ranks.world_size
+    mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
+    first = (update - 1) * args.batch_size
+    order = prompt_order(len(prompts), first, args.batch_size, args.seed)
+    generator = seeded(args.seed, "uniforms", update)
+    uniforms = torch.rand(args.batch_size, args.response_length, generator=generator)
+    return [prompts[i] for i in order[mine]], uniforms[mine].to(ranks.device)
+
+
+def rollout(sampler, prompts, uniforms, query_length, eos_id, **sampling):
+    """Sample a response to each prompt and pack each row to the left.
+
+    Returns input_ids (B,T), prompt_lengths (B,), responses (B,R), mask (B,R) and has_eos (B,).
+    sampling: the options of `generate`.
+    """
+    sequences = [ids for ids, _ in prompts]
+    pad_id = sampling["pad_id"]
+    queries, query_mask = left_pad(sequences, query_length, pad_id, uniforms.device)
+    responses = generate(sampler, queries, query_mask, uniforms, **sampling)
+
+    min_length = sampling["min_length"]
+    mask = response_mask(responses, sampling["stop_ids"], min_length)
+    is_stop = torch.isin(responses, sampling["stop_ids"]) & mask
+    has_eos = is_stop[:, min_length:].any(1)
+
+    is_real = torch.cat([query_mask, mask], dim=1)
+    input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), is_real)
+    is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) >= lengths[:, None]
+    return {
+        "input_ids": input_ids.masked_fill(is_padding, eos_id),
+        "prompt_lengths": query_mask.sum(1),
+        "responses": responses,
+        "mask": mask,
+        "has_eos": has_eos,
+    }
+
+
+@torch.no_grad()
+def score(batch, actor_critic, reference, reward_model, args):
+    """logprobs, ref_logprobs and values (B,R), 0 outside the mask, and raw_scores (B,).
+
+    Without a reward model the raw scores are 0, for a reward function to replace.
+    """
+    B, R = batch["mask"].shape
+    device = batch["mask"].device
+    scored = {name: torch.zeros(B, R, device=device) for name in ("logprobs", "values")}
+    scored["ref_logprobs"] = torch.zeros(B, R, device=device)
+    scored["raw_scores"] = torch.zeros(B, device=device)
+    for rows in split_by_length(total_lengths(batch), args.micro_batch_size):
+        rows = rows.to(device, non_blocking=True)
+        part = select(batch, rows)
+        mask = part["mask"]
+        R = mask.shape[1]
+        inputs = (part["input_ids"], part["prompt_lengths"], R)
+        with autocast(args, device):
+            old = actor_critic(*inputs)
+            ref_logprobs = reference(*inputs)["logprobs"]
+            scored["logprobs"][rows, :R] = torch.where(mask, old["logprobs"], 0.0)
+            scored["values"][rows, :R] = torch.where(mask, old["values"], 0.0)
+            scored["ref_logprobs"][rows, :R] = torch.where(mask, ref_logprobs, 0.0)
+            if reward_model is not None:
+                lengths = part["prompt_lengths"] + mask.sum(1)
+                columns = torch.arange(part["input_ids"].shape[1], device=device)
+                is_real = columns < lengths[:, None]
+                raw_scores = last_token_scores(reward_model, part["input_ids"], is_real)
+                scored["raw_scores"][rows] = raw_scores
+    return scored
+
+
+def final_scores(raw_scores, has_eos, moments, args):
+    """The scores (B,) that are paid: normalised, then clipped, then replaced where the end is
+    missing.
+
+    Scores that are going to be replaced do not enter the running moments.
+    """
+    replaces = args.missing_eos_score != "none"
+    keeps_own = has_eos if replaces else torch.ones_like(has_eos)
+    scores = raw_scores
+    if args.normalize_scores:
+        moments.update(scores, keeps_own)
+        scores = moments.normalise(scores)
+    if args.cliprange_score is not None:
+        scores = scores.clamp(-args.cliprange_score, args.cliprange_score)
+    if replaces:
+        scores = torch.where(keeps_own, scores, args.missing_eos_score)
+    return scores
+
+
+def accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks):
+    """Forward and backward of this rank's share of a minibatch, in micro-batches of similar length.
+
+    batch: the rows of all ranks. minibatch: row numbers, on the CPU. Returns this rank's `Means`.
+    """
+    means = Means()
+    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()  # On all ranks.
+    lengths = total_lengths(batch)[minibatch]
+    groups = split_by_length(lengths, args.micro_batch_size, ranks)
+    for i, group in enumerate(groups):
+        part = select(batch, minibatch[group].to(ranks.device, non_blocking=True))
+        # With several ranks, gradients are exchanged in the last backward only.
+        train_model.require_backward_grad_sync = i == len(groups) - 1
+        with autocast(args, ranks.device):
+            R = part["mask"].shape[1]
+            new = train_model(part["input_ids"], part["prompt_lengths"], R)
+            loss_sum, stats = loss_fn(new, part, args)
+        # DDP averages over ranks; times their number, the average is the sum.
+        (loss_sum * ranks.world_size / num_tokens).backward()
+        means.add(stats, part["mask"])
+    return means
+
+
+def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
+    """num_epochs passes over the batch of all ranks, in num_minibatches optimizer steps each.
+
+    Returns the metrics of the steps taken, and how many were taken and skipped.
+    """
+    batch = {name: all_gather(x) for name, x in batch.items()}
+    means = Means()
+    counts = {"optim/steps": 0, "optim/skipped": 0, "optim/early_stops": 0}
+    minibatches = []
+    for epoch in range(args.num_epochs):
+        generator = seeded(args.seed, "minibatches", update, epoch)
+        order = torch.randperm(args.batch_size, generator=generator)
+        minibatches += order.split(args.batch_size // args.num_minibatches)
+
+    for minibatch in minibatches:
+        step_means = accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks)
+        max_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(train_model.parameters(), max_norm)
+        step_means.add({"optim/grad_norm": grad_norm})
+
+        # These numbers are the same on all ranks, so all of them go on, skip or stop together.
+        step = step_means.over_ranks()
+        limit = args.early_stop_kl or math.inf
+        if counts["optim/steps"] > 0 and step["policy/approxkl_avg"] > limit:
+            counts["optim/early_stops"] = 1
+            clear_gradients(optimizer)
+            break
+        is_guarded = 1 / args.ratio_guard <= step["val/ratio"] <= args.ratio_guard
+        if is_guarded and math.isfinite(step["optim/grad_norm"]):
+            optimizer.step()
+            means.merge(step_means)
+            counts["optim/steps"] += 1
+        else:
+            counts["optim/skipped"] += 1
+        clear_gradients(optimizer)
+
+    if counts["optim/steps"] == 0:
+        reason = "no step had a finite gradient and a ratio within --ratio_guard"
+        raise UserError(f"update {update}: {reason}; lower --lr, or look at the scores")
+    return means.over_ranks() | counts
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over real tokens of all ranks; 0 if returns are equal."""
+    errors = returns - values
+    error_variance = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    if variance < 1e-8:
+        return 0.0
+    return (1 - error_variance / variance).item()
+
+
+def rollout_metrics(batch, kl_coef, more):
+    """Means over the responses and response tokens of all ranks; more: other tensors (B,) by name."""
+    mask = batch["mask"]
+    log_ratio = batch["logprobs"] - batch["ref_logprobs"]
+    k3 = torch.exp(-log_ratio) - 1 + log_ratio
+    kl = log_ratio.sum(1)
+    means = Means()
+    means.add(
+        {
+            "objective/kl": kl,
+            "objective/kl_k3": k3.sum(1),
+            "objective/entropy": -batch["logprobs"].sum(1),
+            "objective/scores": batch["scores"],
+            "objective/raw_scores": batch["raw_scores"],
+            "objective/non_score_reward": -kl_coef * kl,
+            "objective/rlhf_reward": batch["scores"] - kl_coef * kl,
+            "val/sequence_lengths": mask.sum(1),
+            "val/has_eos": batch["has_eos"],
+            **more,
+        }
+    )
+    means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
+    explained = explained_variance(batch["values"], batch["returns"], mask)
+    return means.over_ranks() | {"val/explained_var": explained}
+
+
+# --------------------------------------------------------------------------------------------------
+# Setting up
 
 
 def check_flags(args):
-    """Refuse what cannot work together; `prepare` has refused what is below 0."""
+    """Refuse what is out of bounds or cannot work together, before anything is loaded."""
+    check_shared_flags(args)
+    check_at_least(args, 1, "num_epochs", "num_minibatches", "query_length", "response_length")
+    check_at_least(args, 0, "min_length", "kl_coef", "gamma", "lam", "vf_coef")
+    check_at_least(args, -math.inf, "entropy_coef")
+    check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_value")
+    check_above_zero(args, "cliprange_score", "target_kl_nats", "kl_horizon", "early_stop_kl")
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
-    for name in ("temperature", "target_kl_nats", "early_stop_kl", *(x for x in vars(args) if x.startswith("clip"))):
-        if getattr(args, name) == 0:
-            raise UserError(f"--{name} 0: must be above 0")
-    if max(args.gamma, args.lam) > 1:
+    if args.missing_eos_score != "none":
+        check_at_least(args, -math.inf, "missing_eos_score")
+    if args.gamma > 1 or args.lam > 1:
         raise UserError("--gamma and --lam: must be at most 1")
+    if not 1 < args.ratio_guard < math.inf:
+        raise UserError(f"--ratio_guard {args.ratio_guard}: must be above 1 and finite")
     if args.min_length >= args.response_length and args.missing_eos_score != "none":
         raise UserError("--min_length: must be below --response_length, else no response could end")
     if args.target_kl_nats and args.kl_coef == 0:
         raise UserError("--target_kl_nats: scales --kl_coef, which must start above 0")
     if args.reward_model and args.reward_fn:
-        raise UserError("--reward_model and --reward_fn: give one of them; to watch a function, use --monitor_fn")
+        raise UserError(
+            "--reward_model and --reward_fn: give one; to watch a function: --monitor_fn"
+        )
+
+
+def load_reward_functions(args, prompts):
+    """(reward_fn, monitor_fn), None where not given; each is called once, to show mistakes early."""
+    functions = []
+    for flag in ("reward_fn", "monitor_fn"):
+        spec = getattr(args, flag)
+        function = load_function(spec, f"--{flag}") if spec else None
+        if function is not None:
+            rows = [row for _, row in prompts[:2]]
+            call_reward_fn(function, rows, [""] * len(rows), "cpu")
+        functions.append(function)
+    return functions
 
 
 def load_models(args, tokenizer, num_positions, device):
-    """(policy, reference, critic, reward_model). The critic starts as the reward model, else with a zero head."""
-    classifier, scorer = AutoModelForSequenceClassification, args.reward_model
-    reward_model = load_pretrained(classifier, scorer, num_labels=1)[0] if scorer else None
-    policy, critic = load_pretrained(AutoModelForCausalLM, args.model)[0], copy.deepcopy(reward_model)
-    if "Linear" in str(StaticCache(policy.config, 1).layers) or hasattr(policy.config, "text_config"):
-        raise UserError(f"--model {args.model}: its linear attention confuses a static cache, or it is not text alone")
-    if critic is None or args.value_trunk == "shared":
-        critic, _ = load_pretrained(classifier, args.model, ["score.weight"], num_labels=1)
-        torch.nn.init.zeros_(critic.score.weight), critic.base_model.load_state_dict(policy.base_model.state_dict())
-    lists = [x.eos_token_id for x in (policy.config, policy.generation_config) if isinstance(x.eos_token_id, list)]
-    eos = sorted({*sum(lists, [tokenizer.eos_token_id])}) if lists else tokenizer.eos_token_id
-    for model in filter(None, (policy, critic, reward_model)):
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "window_size")]
-        if (rope := getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-            limits.append(rope["original_max_position_embeddings"])  # behind it, it turns otherwise
-        if num_positions > min(filter(None, limits), default=num_positions):  # a static cache confuses GPT-Neo's window
-            raise UserError(f"--response_length: {num_positions} positions with the prompt, more than a model has")
-        model.to(device).config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    policy.generation_config = type(policy.generation_config).from_model_config(policy.config)
+    """(policy, reference, critic, reward_model), the last one None without --reward_model.
+
+    The critic starts as a copy of the reward model. Without one, and with a shared trunk, it has
+    the policy's weights and a head of zeros.
+    """
+    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    reward_model = None
+    if args.reward_model:
+        kind = AutoModelForSequenceClassification
+        reward_model, _ = load_pretrained(kind, args.reward_model, num_labels=1)
+    if reward_model is None or args.value_trunk == "shared":
+        kind = AutoModelForSequenceClassification
+        critic, _ = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
+        torch.nn.init.zeros_(critic.score.weight)
+        critic.base_model.load_state_dict(policy.base_model.state_dict())
+    else:
+        critic = copy.deepcopy(reward_model)
+
+    eos = all_eos_ids(policy, tokenizer)
+    for model in (policy, critic, reward_model):
+        if model is not None:
+            check_positions(model.config, num_positions, "--response_length", args.model)
+            fit_to_tokenizer(model, tokenizer, eos)
+            model.to(device)
+    check_decoding(policy, num_positions, args.model)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
         setattr(critic, critic.base_model_prefix, policy.base_model)
+    if args.precision == "bf16":
+        to_bf16(reference)
+        if reward_model is not None:
+            to_bf16(reward_model.base_model)
     return policy, reference, critic, reward_model
 
 
 def main(args):
-    args = prepare(args)  # everything that can be refused is refused before a model is loaded or a file written
+    args = resolve_args(args)
     check_flags(args)
-    args.model = args.model or newest_run("sft")
-    args.reward_model = args.reward_model or (None if args.reward_fn else newest_run("reward_model"))
+    args.model = args.model or newest_run("sft", args.dataset)
+    if args.reward_model is None and args.reward_fn is None:
+        args.reward_model = newest_run("reward_model", args.dataset)
     tokenizer = load_tokenizer(args.model)
-    if args.reward_model and load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--reward_model {args.reward_model}: its tokenizer differs from that of {args.model}")
-    prompts = encode_prompts(load_rows(args.dataset, [("prompt",)]), tokenizer, args.query_length, args.dataset)
-    reward_fn = load_function(args.reward_fn, "--reward_fn") if args.reward_fn else None
-    monitor_fn = load_function(args.monitor_fn, "--monitor_fn") if args.monitor_fn else None
-    for function in filter(None, (reward_fn, monitor_fn)):  # asked once, so that mistakes show before anything runs
-        call_reward_fn(function, [row for _, row in (prompts * 2)[:2]], ["", ""], "cpu")
-    P, R = max(len(ids) for ids, _ in prompts), args.response_length
-    cuda = (device := (ranks := init_ranks()).device).type == "cuda"
-    check_divides(ranks.world_size * args.num_minibatches, args.batch_size, "--batch_size by ranks * --num_minibatches")
+    if args.reward_model:
+        check_same_tokenizer(args.reward_model, tokenizer, args.model)
+    prompts = load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
+    reward_fn, monitor_fn = load_reward_functions(args, prompts)
+    P = max(len(ids) for ids, _ in prompts)
+    R = args.response_length
+
+    ranks = init_ranks(args.timeout_minutes)
+    device = ranks.device
+    parts = ranks.world_size * args.num_minibatches
+    check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
-    actor_critic, frozen = (ActorCritic(*x, args.entropy_coef) for x in ((policy, critic), (reference, None)))
+    allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
+
+    # Responses are sampled from a copy of the policy, which is in bf16 where asked, and whose step
+    # is compiled as a whole. Its weights are filled in before each rollout.
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    if args.precision == "bf16":
+        to_bf16(sampler)
+    stop_ids = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
+    sampling = {
+        "temperature": args.temperature,
+        "stop_ids": torch.tensor(stop_ids, device=device),
+        "pad_id": tokenizer.pad_token_id,
+        "allowed": allowed,
+        "min_length": args.min_length,
+        "cache": static_cache(policy.config, P + R),
+        "step": decode_step,
+    }
+    logprobs_fn = token_logprobs
+    if args.compile:
+        for model in (policy, reference, critic, reward_model):
+            if model is not None:
+                compile_layers(model)
+        logprobs_fn = torch.compile(token_logprobs, dynamic=True)
+        sampling["step"] = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
+    actor_critic = ActorCritic(Actor(policy, args.temperature, allowed, logprobs_fn), critic)
+    reference = Actor(reference, args.temperature, allowed, logprobs_fn)
     train_model = wrap(actor_critic, ranks)
-    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    sampler = copy.deepcopy(policy).requires_grad_(False)  # of the policy's own weights, or of a bf16 copy of them,
-    for own, parameter in zip(sampler.parameters(), policy.parameters()):  # whose storage never moves
-        own.data = parameter.data if args.precision == "fp32" else own.data.bfloat16()  # rotary buffers stay fp32
-    step, models = decode_step, torch.nn.ModuleList(filter(None, (actor_critic, reference, reward_model)))
-    if args.compile:  # of the models each layer, for any length: those of one kind share a graph, however many
-        stays = torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe
-        tuning = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True, "realize_opcount_threshold": 12}
-        tuning |= {"guard_filter_fn": lambda x: [*map(min, *(f(x) for f in stays))], "cpp_wrapper_build_separate": True}
-        step = torch.compile(step, fullgraph=True, dynamic=not cuda or None, options=tuning)
-        masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False  # asking makes a GPU wait, and two graphs
-        (dynamo := torch._dynamo.config).recompile_limit, dynamo.specialize_float = 256, True  # layers; temperature
-        [x.compile(dynamic=True) for x in models.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
-        actor_critic.logprobs = frozen.logprobs = torch.compile(token_logprobs, dynamic=True)
-    num_updates, B = args.total_episodes // args.batch_size, args.batch_size // ranks.world_size
-    mine, size = slice(ranks.rank * B, (ranks.rank + 1) * B), args.micro_batch_size
-    stop_ids = torch.tensor(stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id), device=device)
-    bias, pad_id = logit_bias(policy, tokenizer), tokenizer.pad_token_id
-    sampling = {"bias": bias, "min_length": args.min_length, "step": step}
-    sampling["cache"] = StaticCache(config=policy.config, max_cache_len=P + R) if cuda else None
+    optimizer = torch.optim.AdamW(
+        actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
+    )
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
-    moments, cap = torch.zeros(3, dtype=torch.float64, device=device), args.cliprange_score or math.inf
-    run, means, done = Run(args, ranks, "ppo_rlhf"), Means(), 0
-    shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos", "policy/clipfrac_avg"]
-    shown += ["val/explained_var", "optim/skipped"]
-    if args.resume and (state := run.load_checkpoint()):
-        actor_critic.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        done, controller.kl_coef, moments = state["step"], state["kl_coef"], state["moments"].to(device)
+    moments = RunningMoments()
+
+    run = Run(args, ranks, "ppo_rlhf")
+    state = {"model": actor_critic, "optimizer": optimizer}
+    state |= {"controller": controller, "moments": moments}
+    done = run.load_checkpoint(state) if args.resume else 0
+    num_updates = args.total_episodes // args.batch_size
+    shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
+    shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped"]
+
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):
-        # 1. rollout: prompts and uniforms of the global batch do not depend on the number of ranks
+        # 1. Rollout: sample a response to each prompt.
         started = clock(device)
-        order = prompt_order(len(prompts), (update - 1) * args.batch_size, args.batch_size, args.seed)[mine]
-        queries, query_mask = left_pad([prompts[i][0] for i in order], P, pad_id, device)
-        uniforms = torch.rand(args.batch_size, R, generator=seeded(args.seed, "uniforms", update))[mine].to(device)
-        if args.precision == "bf16":
-            torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in policy.parameters()])
-        responses = generate(sampler, queries, query_mask, uniforms, args.temperature, stop_ids, pad_id, **sampling)
-        mask = response_mask(responses, stop_ids, args.min_length)
-        input_ids, attention_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-        # 2. score: rows of similar length together, cut behind their longest at a multiple of 8
-        sampled, parts, tokens = clock(device), [], mask.sum(1).cpu()
-        for part in (by_length := tokens.argsort(stable=True)).split(size):
-            longest, part = min(-(-tokens[part].max().item() // 8) * 8, R), part.to(device)
-            ids, attention = input_ids[part, : P + longest], attention_mask[part, : P + longest]
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                logprobs, _, values = train_model(ids, attention, longest, args.temperature, bias)
-                ref_logprobs = frozen(ids, attention, longest, args.temperature, bias)
-                scores = last_token_scores(reward_model, ids, attention) if reward_model else values[:, 0]  # unused
-            parts.append((*(F.pad(x, (0, R - longest)) for x in (logprobs, values, ref_logprobs)), scores))
-        logprobs, values, ref_logprobs, scores = (torch.cat(x)[by_length.argsort()] for x in zip(*parts))
-        rows = [prompts[i][1] for i in order]
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        raw_scores = call_reward_fn(reward_fn, rows, texts, device) if reward_fn else scores
-        missing, has_eos = args.missing_eos_score, (torch.isin(responses, stop_ids) & mask)[:, args.min_length :].any(1)
-        judged = has_eos | (missing == "none")  # the rows that keep their own score
-        scores, moments = normalise(raw_scores, judged, moments) if args.normalize_scores else (raw_scores, moments)
-        scores = scores.clamp(-cap, cap).where(judged, 0.0 if missing == "none" else missing)
-        rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, controller.kl_coef)
-        scored, steps = clock(device), 0
-        # 3. advantages
-        rewards = whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
-        advantages, returns = compute_gae(rewards, values, mask, args.gamma, args.lam)
-        advantages = whiten(advantages, mask)
-        # 4. update: every rank holds the global batch and takes its share of each minibatch
-        batch = [all_gather(x) for x in (input_ids, attention_mask, logprobs, values, advantages, returns, mask)]
-        optimizer.param_groups[0]["lr"] = lr = args.lr * (1 - (update - 1) / num_updates)
-        orders = [seeded(args.seed, "minibatches", update, epoch) for epoch in range(args.num_epochs)]
-        orders = torch.stack([torch.randperm(args.batch_size, generator=generator) for generator in orders])
-        lengths = batch[-1].sum(1).cpu()  # of responses: micro-batches are cut behind their longest, at a multiple of 8
-        for tried, minibatch in enumerate(orders.view(-1, args.batch_size // args.num_minibatches), start=1):
-            optimizer.zero_grad()
-            num_tokens, checks = lengths[minibatch].sum(), Means()  # over all ranks
-            parts = minibatch[lengths[minibatch].argsort(stable=True)][ranks.rank :: ranks.world_size].split(size)
-            for k, index in enumerate(parts, start=1):
-                longest, index = min(-(-lengths[index].max().item() // 8) * 8, R), index.to(device)
-                ids, attention, *old = (x[index, : x.shape[1] - R + longest] for x in batch)
-                train_model.require_backward_grad_sync = k == len(parts)
-                with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                    new = train_model(ids, attention, longest, args.temperature, bias)
-                    loss_sum, stats = ppo_loss(*new, *old, args)
-                (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number
-                checks.add(stats, old[-1])
-            grad_norm = torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm or math.inf)
-            checks.add({"optim/grad_norm": grad_norm})
-            own, check = dict(checks), checks.reduce()  # sums of this rank; means of all, so all go on, skip or stop
-            if args.early_stop_kl and steps and check["policy/approxkl_avg"] > args.early_stop_kl:
-                break
-            if 0.1 <= check["val/ratio"] <= 10 and math.isfinite(check["optim/grad_norm"]):
-                optimizer.step()
-                means.update({name: means.get(name, 0) + x for name, x in own.items()})
-                steps += 1
+        copy_weights(policy, sampler)
+        batch_prompts, uniforms = next_prompts(prompts, update, args, ranks)
+        batch = rollout(sampler, batch_prompts, uniforms, P, tokenizer.eos_token_id, **sampling)
+
+        # 2. Score: log-probabilities, values and the score that each response is paid.
+        sampled = clock(device)
+        batch |= score(batch, actor_critic, reference, reward_model, args)
+        rows = [row for _, row in batch_prompts]
+        texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
+        if reward_fn is not None:
+            batch["raw_scores"] = call_reward_fn(reward_fn, rows, texts, device)
+        batch["scores"] = final_scores(batch["raw_scores"], batch["has_eos"], moments, args)
+
+        # 3. Advantages.
+        kl_coef = controller.kl_coef
+        batch |= ppo_targets(batch, kl_coef, args)
+
+        # 4. Update.
+        scored = clock(device)
+        lr = args.lr * (1 - (update - 1) / num_updates)
+        optimizer.param_groups[0]["lr"] = lr
+        metrics = optimize(train_model, optimizer, batch, ppo_loss, update, args, ranks)
+
+        # Log, adapt the price of the KL, save.
         updated = clock(device)
-        if steps == 0:
-            raise UserError(f"update {update}: no finite gradient, or no ratio in 0.1 .. 10: lower --lr or see scores")
-        # log
-        log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
-        kl, k3 = log_ratio.sum(1), torch.exp(-log_ratio) - 1 + log_ratio
-        penalty, entropy = -controller.kl_coef * kl, -torch.where(mask, logprobs, 0.0).sum(1)
-        stats = {"objective/kl": kl, "objective/kl_k3": k3.sum(1), "objective/entropy": entropy, "val/has_eos": has_eos}
-        stats |= {"objective/scores": scores, "objective/raw_scores": raw_scores, "val/sequence_lengths": mask.sum(1)}
-        if monitor_fn:
-            stats[f"monitor/{monitor_fn.__name__}"] = call_reward_fn(monitor_fn, rows, texts, device)
-        means.add(stats | {"objective/non_score_reward": penalty, "objective/rlhf_reward": scores + penalty})
-        means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
-        spread = [masked_mean((x - masked_mean(x, mask)) ** 2, mask) for x in (returns - values, returns)]
-        means.add({"val/explained_var": (1 - spread[0] / spread[1].clamp(min=1e-8)) * (spread[1] > 1e-8)})
-        metrics = means.reduce() | {"kl_coef": controller.kl_coef, "optim/steps": steps, "optim/skipped": tried - steps}
-        metrics |= {"lr": lr, "episode": update * args.batch_size, "eps": args.batch_size / (updated - started)}
-        metrics |= {"time/rollout": sampled - started, "time/score": scored - sampled, "time/update": updated - scored}
+        more = {}
+        if monitor_fn is not None:
+            name = f"monitor/{monitor_fn.__name__}"
+            more[name] = call_reward_fn(monitor_fn, rows, texts, device)
+        metrics |= rollout_metrics(batch, kl_coef, more)
+        metrics |= {"time/rollout": sampled - started, "time/score": scored - sampled}
+        metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
+        metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
+        run.log(update, metrics, [*shown, *more])
+        if update % 10 == 0 or update in (1, num_updates):
+            kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
+            columns = {"score": batch["scores"].tolist(), "kl": kl.tolist()}
+            columns |= {"query": [row["prompt"] for row in rows], "response": texts}
+            run.show_samples(update, {name: x[:16] for name, x in columns.items()})
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
-        run.log(update, metrics, show=[*shown, *(name for name in metrics if name.startswith("monitor/"))])
-        if ranks.rank == 0 and (update % 10 == 0 or update in (1, num_updates)):
-            samples = {"query": [row["prompt"] for row in rows], "response": texts}
-            run.show_samples(update, {"score": scores.tolist(), "kl": kl.tolist(), **samples})
         if args.save_every and update % args.save_every == 0:
-            state = {"model": actor_critic.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
-            run.save_checkpoint(update, **state, kl_coef=controller.kl_coef)
-    if ranks.rank == 0:
-        [save_pretrained(run.folder / name, x, tokenizer) for name, x in (("critic", critic), ("model", policy))]
-        print(f"\nmodel folder  {run.folder}/model\nnext          python benchmarks/evaluate.py --run {run.folder}")
+            run.save_checkpoint(update, state)
+
+    if ranks.is_main:
+        save_pretrained(run.folder / "critic", critic, tokenizer)
+        save_pretrained(run.folder / "model", policy, tokenizer)
+        print(f"\nmodel folder  {run.folder}/model")
+        print(f"next          python tools/evaluate.py --run {run.folder}")
 
 
 if __name__ == "__main__":

@@ -1,297 +1,307 @@
-"""Supervised fine-tuning on demonstrations: the first stage of RLHF (Stiennon et al. 2020, Ouyang et al. 2022).
+"""Supervised fine-tuning on demonstrations, the first stage of RLHF.
 
-    1. batch    rows of (prompt, completion); their token ids are joined, with one EOS after the completion
-    2. loss     cross-entropy of the completion's tokens (EOS included) given all tokens before them
-    3. update   AdamW, learning rate decaying linearly to 0
+Stiennon et al. 2020, "Learning to summarize from human feedback"; Ouyang et al. 2022,
+"InstructGPT".
 
-One process:     python sft.py
-Eight GPUs:      torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M --dataset my_rows.jsonl
+Each step:
+    1. batch    rows of (prompt, completion): the token ids of both joined, one EOS at the end
+    2. loss     cross-entropy of each completion token, EOS included, given all tokens before it;
+                the sum over the batch is divided by the number of these tokens on all ranks
+    3. update   AdamW, with a learning rate that decays linearly to 0
 
-Shapes: B rows on this rank, T tokens (right padded), V vocabulary.
+One process:    python sft.py
+Eight GPUs:     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M \\
+                    --dataset my_rows.jsonl
 
-Deviations: prompt tokens carry no loss (Stiennon et al. train on them too); a row that is longer than `max_length` is
-left out and counted, never cut, because a cut row would teach the model not to end.
+Shapes: B rows in a micro-batch, T tokens, V vocabulary, L last positions whose logits are needed.
+
+Rows are padded on the right with more EOS tokens. Causal attention never looks ahead, so the real
+tokens cannot see the padding: there is no attention mask, positions count from 0, and the padding
+has no label.
+
+Rules that you might not expect:
+    - Prompt tokens carry no loss (Stiennon et al. train on them too). A row of plain `text` has no
+      prompt, and of a conversation every assistant turn is a row of its own.
+    - A row longer than --max_length is left out and counted, never cut: a cut row would teach the
+      model not to end.
+    - A completion that holds an EOS ends there. Prompt and completion are tokenised apart.
+    - Dropout is off. A completion token counts the same whatever row, micro-batch or rank it is in.
+    - Without --eval_dataset one row in twenty is held out, and copies of it are not trained on. The
+      held-out loss is measured before the first step, every --eval_every steps, and at the end.
+    - With --compile each transformer layer and `token_loss` are compiled, and nothing else is.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 
-from utils import Means, Run, UserError, check_divides, check_path, init_ranks, launch, load_pretrained, load_rows
-from utils import prepare, progress, save_pretrained, seeded, wrap
+from utils import Means, Run, UserError, autocast, check_at_least, check_divides, check_positions
+from utils import (
+    check_shared_flags,
+    compile_layers,
+    encode_prompt,
+    encode_response,
+    fit_to_tokenizer,
+)
+from utils import global_batches, gradient_step, hold_out, init_ranks, launch, load_pretrained
+from utils import load_rows, load_tokenizer, pad_right, progress, resolve_args, save_pretrained
+from utils import split_by_length, to_device, wrap
 
 
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """what is trained: a Hub name or a folder; a folder with a config and no weights starts from random weights"""
+    """what is trained: a Hub name or a folder; a folder with only a config: from random weights"""
     dataset: str = "data/randomwalks/demonstrations.jsonl"
-    """rows with prompt+completion, text, or messages: a .json, .jsonl or .parquet file, a folder of them, a Hub name"""
+    """rows with prompt+completion, text, or messages: a .json, .jsonl or .parquet file, a folder of
+    them, or a Hub name"""
     eval_dataset: str | None = None
-    """held-out rows of the same kind; none: one in twenty rows of --dataset, drawn with the seed, and not trained on"""
+    """held-out rows of the same kind; none: one in twenty rows of --dataset, not trained on"""
+    max_rows: int | None = None
+    """use only the first so many rows of --dataset; none: all of them"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/sft__<seed>__<time>"""
     seed: int = 1
-    """seeds the initial weights, the held-out rows and the order of the rows"""
+    """seeds random initial weights, the held-out rows and the order of the rows"""
     num_epochs: int = 10
     """passes over the rows"""
+    num_steps: int | None = None
+    """optimizer steps in all; none: as many as num_epochs passes take"""
     batch_size: int = 50
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 50
-    """rows per forward and backward on one rank: a memory knob, without effect on the objective"""
+    """rows per forward and backward on one rank: saves memory and does not change the objective"""
     max_length: int = 512
     """tokens of prompt and completion together; longer rows are left out and counted"""
     lr: float = 1e-3
     """learning rate of the first step; decays linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """what the forward and backward compute in; weights and optimizer state are fp32 always"""
+    precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
+    """what forward and backward compute in; weights, optimizer state and the loss stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the training forward and its loss"""
+    """compile each transformer layer and the loss"""
     log_every: int = 20
     """steps between two lines of metrics"""
     eval_every: int = 200
-    """steps between two evaluations on the held-out rows; the last step is always evaluated"""
+    """steps between two evaluations on the held-out rows"""
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: none"""
     resume: str | None = None
     """a run folder: go on from its newest checkpoint, with its own arguments"""
+    timeout_minutes: float = 60
+    """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """where metrics go besides metrics.jsonl"""
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
-class LabelledLogits(torch.nn.Module):
-    """Logits (B,L,V) of the last L = num_logits positions of T, as a module that can be compiled and distributed. The last
-    layer's MLP, which mixes no tokens, computes those L alone (its output is 0 before them). Positions are explicit."""
-
-    kept = None  # (T,L) while a forward runs: outside of it the model is whole
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, layers = model, getattr(model.base_model, "layers", getattr(model.base_model, "h", [None]))
-        if (mlp := getattr(layers[-1], "mlp", None)) is not None:
-            mlp.register_forward_pre_hook(self.take_kept), mlp.register_forward_hook(self.put_kept)
-
-    def take_kept(self, mlp, inputs):
-        if self.kept is not None and len(inputs) == 1 and inputs[0].ndim == 3:  # (B,T,d), no residual beside it
-            return inputs[0][:, self.kept[0] - self.kept[1] :].contiguous()
-
-    def put_kept(self, mlp, inputs, output):
-        rows, *others = output if isinstance(output, tuple) else (output,)  # some families add their router's scores
-        if self.kept is not None and rows.shape[1] == self.kept[1]:
-            rows = F.pad(rows, (0, 0, self.kept[0] - self.kept[1], 0))
-            return (rows, *others) if others else rows
-
-    def forward(self, input_ids, attention_mask, num_logits):
-        T, inputs = input_ids.shape[1], {"attention_mask": attention_mask, "use_cache": False}
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        self.kept, keep = (T, num_logits), torch.arange(T - num_logits, T, device=input_ids.device)
-        logits, self.kept = self.model(input_ids, logits_to_keep=keep, **inputs).logits, None
-        return logits
+# --------------------------------------------------------------------------------------------------
+# The algorithm
 
 
-# ---- The algorithm ---------------------------------------------------------------------------------------------------
 def token_loss(logits, labels):
-    """Summed cross-entropy of the next token, and how many tokens were counted.
+    """Summed cross-entropy of the next token, in nats, and the number of tokens in the sum.
 
-    logits (B,T,V); labels (B,T): the input ids, -100 where no loss is wanted. The function shifts by one: logits at t
-    are held against the label at t + 1. Returns (loss_sum, token_count), both 0-d; the sum is in fp32 or better, nats.
+    logits (B,T,V). labels (B,T): the input ids, or -100 where no loss is wanted. This function does
+    the shift: the logits at position t predict the label at t + 1. Both results are 0-d; the sum is
+    in fp32, or in fp64 for fp64 logits.
     """
     logits = logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels[:, 1:]
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return loss_sum, (labels != -100).sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    token_count = (labels != -100).sum()
+    return loss_sum, token_count
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
-def load_tokenizer(path):
-    """A model folder's tokenizer, with an EOS and a pad token apart from it: masking the padding must not mask the EOS."""
-    check_path(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many kinds, with long texts
-        raise UserError(f"{path}: no tokenizer can be loaded from there ({type(error).__name__})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        names = [name for name in sorted(tokenizer.get_added_vocab()) if "pad" in name.lower() or "reserved" in name]
-        tokenizer.add_special_tokens({"pad_token": next((x for x in names if x != tokenizer.eos_token), "[PAD]")})
-    return tokenizer
+# --------------------------------------------------------------------------------------------------
+# Data
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, a text or a list of messages: at most one BOS, and no EOS that the tokenizer would add."""
-    is_text = isinstance(prompt, str)
-    if not is_text and tokenizer.chat_template is None:
-        raise UserError("the data holds messages, but the model's tokenizer has no chat template")
-    text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    plain, ids = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, is_text))
-    if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id] and (plain or ids != [tokenizer.bos_token_id]):
-        ids = ids[:-1]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    return ids
+def prompts_and_completions(row):
+    """The (prompt, completion) pairs of a row: one, or one for each assistant turn of messages."""
+    if "messages" in row:
+        messages = row["messages"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [(messages[:i], messages[i : i + 1]) for i in turns]
+    if "prompt" in row and "completion" in row:
+        return [(row["prompt"], row["completion"])]
+    return [("", row["text"])]
 
 
-def encode_response(tokenizer, prompt, response):
-    """Token ids of a response, tokenised apart from its prompt so that no token straddles the two, with one EOS."""
-    if not isinstance(response, str):  # messages: what the chat template adds to the prompt's own text
-        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
-        if not whole.startswith(start):
-            raise UserError("the chat template does not render a prompt as the beginning of its conversation")
-        response = whole[len(start) :]
-    ids = tokenizer(response, add_special_tokens=False).input_ids
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return ids + [tokenizer.eos_token_id]
-
-
-def encode_demonstrations(rows, tokenizer, max_length, path):
-    """[(input_ids, labels)] of the rows that fit, as lists. Labels are the ids themselves, -100 on prompt tokens."""
-    encoded = []
-    for number, row in enumerate(rows, start=1):
-        if "messages" in row:  # every assistant turn is a response to the turns before it
-            turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-            pairs = [(row["messages"][:i], row["messages"][i : i + 1]) for i in turns]
-        else:
-            pairs = [(row["prompt"], row["completion"]) if {"prompt", "completion"} <= {*row} else ("", row["text"])]
+def load_demonstrations(path, tokenizer, args, max_rows=None):
+    """[{"input_ids", "labels"}] of the rows that fit, as lists; labels are -100 on the prompt."""
+    columns = [("prompt", "completion"), ("text",), ("messages",)]
+    rows = []
+    for number, row in enumerate(load_rows(path, columns, max_rows), start=1):
         try:
-            for prompt, completion in pairs:
-                query, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, completion)
-                encoded.append((query + response, [-100] * len(query) + response))
-        except Exception as error:  # chat templates refuse in many ways
+            for prompt, completion in prompts_and_completions(row):
+                prompt_ids = encode_prompt(tokenizer, prompt)
+                completion_ids = encode_response(tokenizer, prompt, completion)
+                labels = [-100] * len(prompt_ids) + completion_ids
+                rows.append({"input_ids": prompt_ids + completion_ids, "labels": labels})
+        except Exception as error:  # Chat templates refuse conversations in many ways.
             raise UserError(f"{path}: row {number}: {error}") from error
-    kept = [pair for pair in encoded if len(pair[0]) <= max_length]
-    if len(kept) < len(encoded):
-        print(f"{path}: left out {len(encoded) - len(kept)} of {len(encoded)} rows longer than {max_length} tokens")
+    kept = [row for row in rows if len(row["input_ids"]) <= args.max_length]
+    if len(kept) < len(rows):
+        left_out = len(rows) - len(kept)
+        print(
+            f"{path}: left out {left_out} of {len(rows)} rows longer than {args.max_length} tokens"
+        )
     if not kept:
-        raise UserError(f"{path}: no row is left: all over --max_length {max_length}, or no assistant says anything")
+        reason = (
+            f"all are longer than --max_length {args.max_length}, or no assistant says anything"
+        )
+        raise UserError(f"{path}: no row is left: {reason}")
     return kept
 
 
-def collate_labelled(rows, pad_id, num_rows, device):
-    """(input_ids (B,T), labels (B,L), attention_mask (B,T)), right padded to a multiple of 8 tokens and to `num_rows` rows.
-    Labels are those of the last L positions, which begin in front of the first label of any row: logits before them
-    are not needed. Rows that only fill up the shape hold one token and no label: compiled code meets few shapes, and a
-    rank that has no row of an epoch's last batch still takes part in the gradient exchange."""
-    rows = rows + [([0], [-100])] * (num_rows - len(rows))
-    T = -(-max(len(ids) for ids, _ in rows) // 8) * 8
-    first = min([i for _, labels in rows for i, label in enumerate(labels) if label != -100], default=T - 1)
-    input_ids = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in rows])[:, max(first - 1, 0) :]
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in rows])
-    return input_ids.to(device), labels.to(device), attention_mask.to(device)
+def load_data(args, tokenizer):
+    """(training rows, held-out rows)."""
+    rows = load_demonstrations(args.dataset, tokenizer, args, args.max_rows)
+    if args.eval_dataset:
+        return rows, load_demonstrations(args.eval_dataset, tokenizer, args)
+    return hold_out(rows, args.seed)
 
 
-def micro_batches(rows, length, ranks, size):
-    """This rank's share of a global batch, as lists of at most `size` rows of similar length (at least one list)."""
-    mine = sorted(rows, key=length)[ranks.rank :: ranks.world_size]
-    return [mine[i : i + size] for i in range(0, max(len(mine), 1), size)]
+def collate(rows, pad_id):
+    """A batch of rows: input_ids (B,T), and labels (B,L) of the last L positions, on the CPU.
+
+    The L positions begin right before the first label of any row, because no other logits are read.
+    """
+    if not rows:
+        # A rank that gets no row of an epoch's last batch still has to exchange gradients.
+        rows = [{"input_ids": [pad_id], "labels": [-100]}]
+    input_ids = pad_right([row["input_ids"] for row in rows], pad_id)
+    labels = pad_right([row["labels"] for row in rows], -100)
+    has_label = (labels != -100).any(dim=0)
+    first = has_label.int().argmax().item()
+    return {"input_ids": input_ids, "labels": labels[:, max(first - 1, 0) :]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def batch_loss(model, rows, means, loss_fn, tokenizer, device):
+    """The summed loss of some rows, 0-d; adds what is logged to `means`."""
+    batch = to_device(collate(rows, tokenizer.eos_token_id), device)
+    num_logits = batch["labels"].shape[1]
+    output = model(batch["input_ids"], use_cache=False, logits_to_keep=num_logits)
+    loss_sum, token_count = loss_fn(output.logits, batch["labels"])
+    means.add_sum("sft/loss", loss_sum, token_count)
+    return loss_sum
 
 
 @torch.no_grad()
-def held_out_loss(model, rows, args, pad_id, ranks):
-    """Mean loss per completion token, in nats, over all rows and ranks."""
+def evaluate(model, rows, args, ranks, **options):
+    """The held-out metrics by name, over all ranks."""
     means = Means()
-    for part in micro_batches(rows, lambda row: len(row[0]), ranks, args.micro_batch_size):
-        input_ids, labels, attention_mask = collate_labelled(part, pad_id, args.micro_batch_size, ranks.device)
-        with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-            loss_sum, token_count = token_loss(model(input_ids, attention_mask, labels.shape[1]), labels)
-        means.add({"loss": loss_sum / token_count}, token_count)
-    return means.reduce()["loss"]
+    lengths = [len(row["input_ids"]) for row in rows]
+    for group in split_by_length(lengths, args.micro_batch_size, ranks):
+        with autocast(args, ranks.device):
+            batch_loss(model, [rows[i] for i in group], means, device=ranks.device, **options)
+    return {f"eval/{name}": value for name, value in means.over_ranks().items()}
+
+
+def check_flags(args):
+    """Refuse what is out of bounds, before anything is loaded."""
+    check_shared_flags(args)
+    check_at_least(args, 1, "num_epochs", "num_steps", "max_rows", "max_length")
+    check_at_least(args, 1, "log_every", "eval_every")
+
+
+def load_model(args, tokenizer, rows):
+    """The language model, checked to be long enough for all rows."""
+    model, _ = load_pretrained(AutoModelForCausalLM, args.model)
+    longest = max(len(row["input_ids"]) for row in rows)
+    check_positions(model.config, longest, "--max_length", args.model)
+    fit_to_tokenizer(model, tokenizer)
+    if args.compile:
+        compile_layers(model)
+    return model
 
 
 def main(args):
-    args = prepare(args)  # what is refused is refused before a file is written, most of it before a model is loaded
+    args = resolve_args(args)
+    check_flags(args)
     tokenizer = load_tokenizer(args.model)
-    columns = [("prompt", "completion"), ("text",), ("messages",)]
-    rows = encode_demonstrations(load_rows(args.dataset, columns), tokenizer, args.max_length, args.dataset)
-    if args.eval_dataset:
-        eval_rows = encode_demonstrations(
-            load_rows(args.eval_dataset, columns), tokenizer, args.max_length, args.eval_dataset
-        )
-    else:
-        order = torch.randperm(len(rows), generator=seeded(args.seed, "held out")).tolist()
-        eval_rows = [rows[i] for i in order[: len(rows) // 20]]
-        held_out = set(map(repr, eval_rows))
-        rows = [row for row in rows if repr(row) not in held_out]  # no copy of a held-out row either
+    rows, eval_rows = load_data(args, tokenizer)
 
-    ranks = init_ranks()
+    ranks = init_ranks(args.timeout_minutes)
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
-    model, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    longest = max(len(ids) for ids, _ in rows + eval_rows)
-    if longest > getattr(model.config, "max_position_embeddings", longest):
-        raise UserError(f"--max_length: rows of {longest} tokens are longer than the positions of {args.model}")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.to(ranks.device)
-    labelled, loss_fn = LabelledLogits(model), torch.compile(token_loss) if args.compile else token_loss
-    train_model = wrap(labelled, ranks, args.compile)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    model = load_model(args, tokenizer, rows + eval_rows).to(ranks.device)
+    train_model = wrap(model, ranks)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
+    )
+    loss_fn = torch.compile(token_loss, dynamic=True) if args.compile else token_loss
+    options = {"loss_fn": loss_fn, "tokenizer": tokenizer}
 
-    steps_per_epoch = -(-len(rows) // args.batch_size)
-    num_steps = args.num_epochs * steps_per_epoch
-    run, means, metrics, done = Run(args, ranks, "sft"), Means(), {}, 0
-    size = min(args.micro_batch_size, args.batch_size // ranks.world_size)
-    if args.resume:
-        state = run.load_checkpoint()
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+    run = Run(args, ranks, "sft")
+    state = {"model": model, "optimizer": optimizer}
+    done = run.load_checkpoint(state) if args.resume else 0
+    num_steps = args.num_steps or args.num_epochs * math.ceil(len(rows) / args.batch_size)
+    batches = global_batches(len(rows), args.batch_size, num_steps, args.seed, done)
+    shown = ["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"]
+    means = Means()
+    metrics = {}
+    if done == 0 and eval_rows:
+        metrics = evaluate(model, eval_rows, args, ranks, **options)
+        run.log(0, metrics, shown)
+
     for step in progress(done, num_steps, ranks, "sft"):
-        # 1. batch
-        epoch, i = divmod(step - 1, steps_per_epoch)
-        order = torch.randperm(len(rows), generator=seeded(args.seed, "order", epoch)).tolist()
-        batch = [rows[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size]]
-        num_tokens = max(sum(label != -100 for _, labels in batch for label in labels[1:]), 1)  # of all ranks
+        # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
+        epoch, numbers = next(batches)
+        batch = [rows[i] for i in numbers]
+        groups = split_by_length(
+            [len(row["input_ids"]) for row in batch], args.micro_batch_size, ranks
+        )
 
-        # 2. loss
-        parts = micro_batches(batch, lambda row: len(row[0]), ranks, size)
-        for k, part in enumerate(parts, start=1):
-            input_ids, labels, attention_mask = collate_labelled(part, tokenizer.pad_token_id, size, ranks.device)
-            train_model.require_backward_grad_sync = k == len(parts)
-            with torch.autocast(ranks.device.type, torch.bfloat16, args.precision == "bf16"):
-                logits = train_model(input_ids, attention_mask, labels.shape[1])
-                loss_sum, token_count = loss_fn(logits, labels)
-            (loss_sum * ranks.world_size / num_tokens).backward()  # ranks average: times their number is the sum
-            means.add({"train/sft/loss": loss_sum / token_count}, token_count)
+        # 2. Loss: the sum over all ranks divided by their number of completion tokens.
+        num_tokens = max(sum(label != -100 for row in batch for label in row["labels"][1:]), 1)
+        for i, group in enumerate(groups):
+            # With several ranks, gradients are exchanged in the last backward only.
+            train_model.require_backward_grad_sync = i == len(groups) - 1
+            with autocast(args, ranks.device):
+                loss_sum = batch_loss(
+                    train_model, [batch[j] for j in group], means, device=ranks.device, **options
+                )
+            # DDP averages over ranks; times their number, the average is the sum.
+            (loss_sum * ranks.world_size / num_tokens).backward()
 
-        # 3. update
+        # 3. Update.
         lr = args.lr * (1 - (step - 1) / num_steps)
         optimizer.param_groups[0]["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = gradient_step(model, optimizer, args.max_grad_norm)
 
+        # Log, evaluate, save.
         evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
-        saves = args.save_every and step % args.save_every == 0
+        saves = args.save_every > 0 and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
-            metrics = {**means.reduce(), "train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch + 1}
             if not grad_norm.isfinite():
                 raise UserError(f"step {step}: the gradient is not finite; lower --lr")
+            metrics = {f"train/{name}": value for name, value in means.over_ranks().items()}
+            metrics |= {"train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
+            means = Means()
             if evaluates:
-                metrics["eval/sft/loss"] = held_out_loss(labelled, eval_rows, args, tokenizer.pad_token_id, ranks)
-            run.log(step, metrics, show=["epoch", "train/sft/loss", "eval/sft/loss", "train/sft/lr", "optim/grad_norm"])
+                metrics |= evaluate(model, eval_rows, args, ranks, **options)
+            run.log(step, metrics, shown)
         if saves:
-            run.save_checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict())
-    if ranks.rank == 0:
+            run.save_checkpoint(step, state)
+
+    if ranks.is_main:
         save_pretrained(run.folder / "model", model, tokenizer)
         loss = metrics.get("eval/sft/loss")
-        print(f"\nheld-out loss {'not measured' if loss is None else f'{loss:.4f} nats per completion token'}")
+        print(f"\nheld-out loss {'not measured' if loss is None else f'{loss:.4f} nats a token'}")
         print(f"model folder  {run.folder / 'model'}")
         print(f"next          python reward_model.py --model {run.folder / 'model'}")
 

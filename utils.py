@@ -1,300 +1,980 @@
-"""Plumbing shared by the scripts: ranks, seeds, masked statistics, data files, run folders. The algorithms are not here."""
+"""What the scripts share and a reader of the papers would skip. The algorithms are not here.
 
-import atexit
-import ctypes
+Processes and seeds · statistics over processes · data files · tokenizers · models · micro-batches ·
+flags · run folders.
+"""
+
+import datetime
 import hashlib
+import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
+import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-
-Ranks = make_dataclass("Ranks", ["rank", "world_size", "device"])  # which process, of how many, where it computes
+from transformers import AutoConfig, AutoTokenizer, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text says what is wrong, where, and what to do. Ends in one line, no traceback."""
+    """A mistake of the user's. Its one line says what is wrong, where, and what to do about it."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes and seeds
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
 
 
 def launch(main, args):
-    """Run `main(args)`; a mistake ends in one line, from rank 0 or, once they are connected, any rank; exit code 1."""
+    """Run `main(args)`. A mistake of the user's ends in one line and exit code 1, without a traceback."""
     try:
         main(args)
-    except (UserError, FileExistsError, NotADirectoryError) as error:  # or a run folder that cannot be made
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
+    except (UserError, FileExistsError, NotADirectoryError) as error:
+        # Before the ranks are connected all of them make the same mistake, so one of them reports
+        # it.
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        (os._exit if dist.is_initialized() else sys.exit)(1)  # with other ranks in a collective, do not wait for them
+        sys.exit(1)
+    # Only after success: a rank that failed must not wait here for ranks that wait for it.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def init_ranks():
-    """Join the process group that `torchrun` announces (nccl on CUDA, gloo on CPU); one rank without torchrun."""
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if (cuda := torch.cuda.is_available()) else "cpu")
-    importlib.import_module("torch.fx.experimental._config").use_duck_shape = False  # equal by chance is not equal
-    torch.get_device_module(device).set_device(device), torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients
-    config, aot = map(importlib.import_module, ("torch._inductor.config", "torch._functorch.config"))
-    config.cpp.use_decompose_tanh = aot.recompute_views = not cuda  # tanh from exp; ReLU's backward from its output
-    if not cuda and hasattr(ctypes.pythonapi, "mallopt"):  # glibc: keep freed memory, for mapping pages takes time
-        ctypes.pythonapi.mallopt(-1, -1), ctypes.pythonapi.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-        atexit.register(dist.destroy_process_group)
-    return Ranks(*(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1), device)
+def init_ranks(timeout_minutes=60):
+    """Join the processes that `torchrun` started (nccl on CUDA, gloo on CPU); alone without it.
 
-
-def wrap(module, ranks, compiled=False):
-    """The module that the loss goes through: compiled if asked (the causal mask once on CPU), gradients averaged over ranks."""
-    if compiled:  # the gradient of an embedding by torch's own kernel: the compiler's adds up in no fixed order
-        op, torch.compiler.config.cache_key_tag = torch.ops.aten.embedding_dense_backward, "no graph of other settings"
-        importlib.import_module("torch._inductor.lowering").make_fallback(op, warn=False)
-        torch._inductor.decomposition.select_decomp_table().pop(op.default, None)
-        module = torch.compile(module, options=None if torch.cuda.is_available() else {"realize_opcount_threshold": 12})
-    return torch.nn.parallel.DistributedDataParallel(module) if ranks.world_size > 1 else module
+    timeout_minutes: how long a rank waits for the others, for instance while rank 0 saves.
+    """
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        backend = "nccl"
+        torch.cuda.set_device(device)
+        # TF32 for fp32 matrix products: several times faster, and precise enough for training.
+        torch.set_float32_matmul_precision("high")
+        # With a mask, cuDNN's attention can return NaN gradients:
+        # github.com/pytorch/pytorch#196678.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "RANK" in os.environ and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    if dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(0, 1, device)
 
 
 def seeded(*key):
-    """A CPU generator that depends on `key` alone, e.g. (seed, "uniforms", update): nothing to save, equal on all ranks."""
-    return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
+    """A CPU generator that depends on `key` alone, such as (seed, "uniforms", update).
+
+    It is the same on every rank, and there is no state to save.
+    """
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
 def clock(device):
-    """Seconds, once the device has done what it was given."""
+    """Seconds, after the device has finished what it was given."""
     torch.get_device_module(device).synchronize(device)
     return time.perf_counter()
 
 
 def check_divides(divisor, number, what):
     """Refuse sizes that would leave a remainder; `what` names the flags."""
-    if divisor < 1 or number < 1 or number % divisor:
+    if divisor < 1 or number < 1 or number % divisor != 0:
         raise UserError(f"{what}: {number} cannot be divided evenly by {divisor}")
 
 
 def all_gather(x):
-    """Concatenate a tensor of equal shape on every rank along dim 0, in rank order."""
-    if dist.is_initialized():
-        dist.all_gather(parts := [torch.empty_like(x) for _ in range(dist.get_world_size())], x.contiguous())
-    return torch.cat(parts) if dist.is_initialized() else x
+    """The tensors of all ranks, which must have one shape, concatenated along dim 0 in rank order."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def sum_over_ranks(x):
+    """The sum of a tensor over all ranks, in rank order, so that every rank gets the same bits."""
+    return all_gather(x[None]).sum(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics over processes
 
 
 def masked_mean(x, mask):
-    """Mean over the True entries of `mask` on all ranks: 0-d, without gradient; 0 for an empty mask. x may be NaN behind it."""
-    pair = all_gather(torch.stack([torch.where(mask, x.detach(), 0).double().sum(), mask.double().sum()])[None]).sum(0)
-    return (pair[0] / pair[1].clamp(min=1)).to(x.dtype)
+    """Mean of x where mask is True, over all ranks: 0-d, without gradient; 0 if mask is nowhere
+    True.
+
+    x outside the mask may be anything, NaN included.
+    """
+    total = torch.where(mask, x.detach(), 0).double().sum()
+    count = mask.double().sum()
+    total, count = sum_over_ranks(torch.stack([total, count]))
+    return (total / count.clamp(min=1)).to(x.dtype)
 
 
 def whiten(x, mask, shift_mean=True):
-    """Zero mean (shift_mean False: the old mean) and unit biased variance over the True entries of all ranks; 0 elsewhere."""
-    x64 = torch.where(mask, x.detach(), 0).double()
-    mean = masked_mean(x64, mask)
-    variance = masked_mean((x64 - mean) ** 2, mask)
-    return torch.where(mask, (x64 - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean), 0).to(x.dtype)
+    """Scale x to unit (biased) variance and, with shift_mean, to mean 0, where mask is True.
+
+    Mean and variance are over all ranks. Entries outside the mask become 0.
+    """
+    values = torch.where(mask, x.detach(), 0).double()
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0).to(x.dtype)
 
 
-class Means(dict):
-    """Exact means by name over micro-batches and ranks: fp64 sums and counts stay on the device until one reduction."""
+class Means:
+    """Exact means by name, over micro-batches and ranks.
+
+    Sums and counts are kept in fp64 on the device, so that adding never waits for it.
+    """
+
+    def __init__(self):
+        self.sums = {}
 
     def add(self, tensors, mask=None):
-        """Add the entries of {name: tensor} where `mask` is True (without a mask: all); a number there is a weight."""
+        """Add the entries of {name: tensor} where mask is True, or all of them without a mask."""
         for name, x in tensors.items():
             where = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-            total = (torch.where(where.bool(), x.detach(), 0).double() * where).sum()
-            self[name] = self.get(name, 0) + torch.stack([total, where.double().sum()])
+            total = torch.where(where, x.detach(), 0).double().sum()
+            self.add_sum(name, total, where.double().sum())
 
-    def reduce(self):
-        """{name: float} over all ranks, and start again. Every rank must have added the same names."""
-        names, pairs = sorted(self), all_gather(torch.stack([self.pop(name) for name in sorted(self)])[None]).sum(0)
-        return dict(zip(names, (pairs[:, 0] / pairs[:, 1].clamp(min=1)).tolist(), strict=True))
+    def add_sum(self, name, total, count):
+        """Add a sum over `count` entries, both 0-d tensors."""
+        pair = torch.stack([total.detach().double(), count.double()])
+        self.sums[name] = self.sums.get(name, 0) + pair
+
+    def merge(self, other):
+        """Add everything that another `Means` has collected on this rank."""
+        for name, pair in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + pair
+
+    def over_ranks(self):
+        """{name: float}: the means over all ranks, which must have added the same names."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        pairs = sum_over_ranks(torch.stack([self.sums[name] for name in names]))
+        means = pairs[:, 0] / pairs[:, 1].clamp(min=1)
+        return dict(zip(names, means.tolist(), strict=True))
 
 
-def load_rows(path, columns):
-    """A datasets.Dataset that has one of the groups of text columns: a .json(l) or .parquet file, a folder, a Hub name."""
-    check_path(path), datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    p, source = Path(path), {"path": path}
-    if p.exists():
-        files = [p] if p.is_file() else sorted(x for x in p.iterdir() if x.suffix in (".json", ".jsonl", ".parquet"))
-        kinds = {"parquet" if file.suffix == ".parquet" else "json" for file in files}
-        if len(kinds) != 1 or not any(file.read_bytes().strip() for file in files):
-            raise UserError(f"{path}: empty: no row in .json, .jsonl or .parquet files (or both kinds in one)")
-        source = {"path": kinds.pop(), "data_files": [str(file) for file in files]}
-    try:
-        rows = datasets.load_dataset(**source, split="train")
-    except Exception as error:  # the library raises many kinds; the first line of each says what happened
-        raise UserError(f"{path}: cannot be read as a data set: {error.__cause__ or error}") from error
-    if not any(set(group) <= set(rows.column_names) for group in columns):
-        raise UserError(f"{path}: needs {' or '.join(map('+'.join, columns))}; it has {', '.join(rows.column_names)}")
-    for name in sorted(set().union(*columns) & set(rows.column_names)):
-        for number, cell in enumerate(rows[name], start=1):
-            turns = [x if isinstance(x, dict) else {} for x in cell] if isinstance(cell, list) else []
-            whole = [x.get("role") and (x.get("tool_calls") or type(x.get("content")) in (str, list)) for x in turns]
-            if not all(whole) or not isinstance(cell, (str, list)):
-                raise UserError(f"{path}: row {number}: {name} is {cell!r}, not a text or messages of role and content")
-    return rows
+# --------------------------------------------------------------------------------------------------
+# Data files
 
 
 def check_path(path):
-    """Refuse, without asking the Hub, a path that is not here and cannot be `name` or `owner/name` there."""
-    is_local = path.startswith((".", "/", "~", "runs/", "data/")) or path.endswith((".json", ".jsonl", ".parquet"))
-    if not Path(path).exists() and (is_local or path.count("/") > 1):
+    """Refuse a path that is not here and cannot be a name on the Hub either, without asking the Hub."""
+    starts_local = path.startswith((".", "/", "~", "runs/", "data/"))
+    ends_local = path.endswith((".json", ".jsonl", ".parquet"))
+    is_local = starts_local or ends_local or path.count("/") > 1
+    if is_local and not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
 
 
+def find_data(path):
+    """The arguments of `datasets.load_dataset` for a file, a folder of files, or a Hub name."""
+    if not Path(path).exists():
+        return {"path": path}
+    files = [Path(path)]
+    if Path(path).is_dir():
+        files = sorted(
+            x for x in Path(path).iterdir() if x.suffix in (".json", ".jsonl", ".parquet")
+        )
+    kinds = {"parquet" if file.suffix == ".parquet" else "json" for file in files}
+    is_empty = not any(file.read_bytes().strip() for file in files)
+    if len(kinds) != 1 or is_empty:
+        raise UserError(f"{path}: empty: no row in .json, .jsonl or .parquet files, or both kinds")
+    return {"path": kinds.pop(), "data_files": [str(file) for file in files]}
+
+
+def is_text_or_messages(cell):
+    """Whether a cell is a string or a list of messages with role and content (or tool calls)."""
+    if isinstance(cell, str):
+        return True
+    if not isinstance(cell, list):
+        return False
+    for message in cell:
+        if not isinstance(message, dict) or not message.get("role"):
+            return False
+        has_content = isinstance(message.get("content"), str | list)
+        if not has_content and not message.get("tool_calls"):
+            return False
+    return True
+
+
+def load_rows(path, columns, max_rows=None):
+    """A `datasets.Dataset` from a .json(l) or .parquet file, a folder of them, or a Hub name.
+
+    columns: groups of text columns, one of which must be there, e.g. [("prompt", "completion"),
+    ("text",)]. max_rows: keep the first so many rows. Raises UserError for unreadable files,
+    missing columns, and the first cell that is neither a text nor a list of messages.
+    """
+    check_path(path)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    source = find_data(path)
+    try:
+        rows = datasets.load_dataset(**source, split="train")
+    except Exception as error:  # The library raises many kinds; the first line of each says why.
+        raise UserError(f"{path}: cannot be read as rows: {error.__cause__ or error}") from error
+    if not any(set(group) <= set(rows.column_names) for group in columns):
+        wanted = " or ".join("+".join(group) for group in columns)
+        raise UserError(f"{path}: needs {wanted}; it has {', '.join(rows.column_names)}")
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    text_columns = {name for group in columns for name in group}
+    for name in sorted(text_columns & set(rows.column_names)):
+        for number, cell in enumerate(rows[name], start=1):
+            if not is_text_or_messages(cell):
+                wanted = "not a text or messages of role and content"
+                raise UserError(f"{path}: row {number}: {name} is {cell!r}, {wanted}")
+    return rows
+
+
+def hold_out(rows, seed):
+    """(training rows, held-out rows): one row in twenty, drawn by the seed, and no copy of it stays."""
+    order = torch.randperm(len(rows), generator=seeded(seed, "held out")).tolist()
+    held_out = [rows[i] for i in order[: len(rows) // 20]]
+    copies = {repr(row) for row in held_out}
+    return [row for row in rows if repr(row) not in copies], held_out
+
+
 def load_function(spec, flag):
-    """The function named by `path/to/file.py:name`."""
+    """The function that `path/to/file.py:name` names; `flag` is for the error's text."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"{flag} {spec}: no such file, or no name behind it; give path/to/file.py:function")
+        raise UserError(f"{flag} {spec}: no such file; give path/to/file.py:function")
     module_spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
-    if not hasattr(function := getattr(module, name, None), "__name__") or not callable(function):
+    function = getattr(module, name, None)
+    if not callable(function) or not hasattr(function, "__name__"):
         raise UserError(f"{flag} {spec}: {path} has no function {name}")
     return function
 
 
-def causal_attention(module, query, key, value, attention_mask, **options):
-    """A model's own plain attention in two calls, as queries of the first half see no key of the second, or for one query a row."""
-    plain, h, mask = sys.modules[type(module).__module__].eager_attention_forward, query.shape[2] // 2, attention_mask
-    causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
-    if not causal or query.shape[2] != key.shape[2] or any(torch.is_tensor(x) and x.ndim > 2 for x in options.values()):
-        return plain(module, query, key, value, mask, **options)
-    parts = [(query[:, :, a:b], key[:, :, :b], value[:, :, :b], mask[..., a:b, :b]) for a, b in ((0, h), (h, None))]
-    if (reads := getattr(module, "reads", None)) is not None:  # indices into (B,T): what is read
-        one, mask = (x.transpose(1, 2)[reads][:, :, None] for x in (query, mask))
-        parts = [(one, key, value, mask)]
-    return torch.cat([plain(module, *x, **options)[0] for x in parts], 1).expand(-1, query.shape[2], -1, -1), None
+def call_reward_fn(function, rows, responses, device):
+    """The scores (B,) fp32 of a user's function for rows of the data set and the texts of
+    responses.
+
+    The function is called as function(prompts, responses, **columns), with every other column of
+    the rows as a list, and must return one finite number for each response.
+    """
+    names = [name for name in rows[0] if name not in ("prompt", "prompts", "responses")]
+    columns = {name: [row[name] for row in rows] for name in names}
+    prompts = [row["prompt"] for row in rows]
+    try:
+        scores = [float(score) for score in function(prompts, responses, **columns)]
+    except Exception as error:  # Anything can go wrong in a user's code, or in what it returns.
+        name = function.__name__
+        raise UserError(f"{name} gives no number for each response: {error!r}") from error
+    if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
+        answer = f"{function.__name__} returned {scores} for {len(rows)} responses"
+        raise UserError(f"{answer}, not a finite number for each")
+    return torch.tensor(scores, device=device)
 
 
-def load_pretrained(auto_class, path, may_miss=(), **options):
-    """(model, names of weights that its folder lacks: only such as end with an entry of `may_miss`): fp32, eval, no dropout."""
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()  # what lacks: below
-    check_path(path), transformers.AttentionInterface.register("eager", causal_attention)
-    transformers.integrations.sdpa_attention.is_torchdynamo_compiling = lambda: False  # no grouped key is repeated
-    try:  # with GELU as one kernel, and on CPU plain attention: both are faster
-        config = transformers.AutoConfig.from_pretrained(path, **options)
-        zero = {name: 0.0 for name, value in vars(config).items() if "drop" in name and type(value) is float}
-        gelu = {name: "gelu_pytorch_tanh" for name, value in vars(config).items() if value == "gelu_new"}
-        config.update({**zero, **gelu, "_attn_implementation": None if torch.cuda.is_available() else "eager"})
-        if Path(path).exists() and not [*Path(path).glob("*.safetensors*"), *Path(path).glob("*.bin*")]:
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder or Hub name, with an EOS token and a pad token that is not
+    EOS.
+
+    A pad token is taken from the unused tokens that some families reserve, or added.
+    """
+    check_path(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # The library raises many kinds, with long texts.
+        reason = f"no tokenizer can be loaded from there ({type(error).__name__})"
+        raise UserError(f"{path}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        reason = "its tokenizer has no EOS token, so a response could never end; set eos_token"
+        raise UserError(f"{path}: {reason}")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        added = sorted(tokenizer.get_added_vocab())
+        unused = [name for name in added if "pad" in name.lower() or "reserved" in name]
+        unused = [name for name in unused if name != tokenizer.eos_token]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else "[PAD]"})
+    return tokenizer
+
+
+def check_same_tokenizer(path, tokenizer, model_path):
+    """Refuse a reward model whose token ids mean something else than those of the policy."""
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--reward_model {path}: its tokenizer differs from that of {model_path}")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, a text or a list of messages: at most one BOS at the start, no EOS."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        text_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        # Some tokenizers end every text with EOS, but a prompt is to be continued.
+        ends_with_added_eos = ids[-len(text_ids) - 1 :] == [*text_ids, tokenizer.eos_token_id]
+        is_only_bos = not text_ids and ids == [tokenizer.bos_token_id]
+        if ends_with_added_eos and not is_only_bos:
+            ids = ids[:-1]
+    else:
+        if tokenizer.chat_template is None:
+            raise UserError("the data holds messages, but the tokenizer has no chat template")
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    # A text or a chat template may begin with the BOS that the tokenizer adds as well.
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def encode_response(tokenizer, prompt, response):
+    """Token ids of a response, with one EOS at the end; a text that holds EOS ends at the first
+    one.
+
+    It is encoded apart from its prompt, so that no token straddles the two. Where the response is a
+    list of messages, its text is what the chat template adds to that of the prompt.
+    """
+    if not isinstance(response, str):
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        if not whole.startswith(start):
+            reason = "does not render a prompt as the beginning of its conversation"
+            raise UserError(f"the chat template {reason}")
+        response = whole[len(start) :]
+    ids = tokenizer(response, add_special_tokens=False).input_ids
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_pair(tokenizer, prompt, response):
+    """Token ids of prompt and response joined.
+
+    Without a prompt, or with a text beside a list of messages, the response is taken to be the
+    whole conversation, whose last message answers the others.
+    """
+    if not isinstance(response, str) and (not prompt or isinstance(prompt, str)):
+        prompt = response[:-1]
+        response = response[-1:]
+    return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+
+
+def load_prompts(path, tokenizer, max_length, flag):
+    """[(token ids, row)] of the rows whose prompt has at most max_length tokens.
+
+    flag: what sets max_length, for messages. Raises UserError for an empty prompt, or if none is
+    left.
+    """
+    prompts = []
+    for number, row in enumerate(load_rows(path, [("prompt",)]), start=1):
+        try:
+            ids = encode_prompt(tokenizer, row["prompt"])
+        except Exception as error:  # Chat templates refuse conversations in many ways.
+            raise UserError(f"{path}: row {number}: {error}") from error
+        if not ids:
+            raise UserError(f"{path}: row {number} has an empty prompt")
+        prompts.append((ids, row))
+    kept = [(ids, row) for ids, row in prompts if len(ids) <= max_length]
+    if len(kept) < len(prompts):
+        left_out = f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts"
+        print(f"{path}: {left_out} longer than {max_length} tokens ({flag})")
+    if not kept:
+        raise UserError(f"{path}: no prompt is left; all have over {max_length} tokens ({flag})")
+    return kept
+
+
+def stop_token_ids(tokenizer, stop_token, eos):
+    """Sorted ids that end a response: EOS (an id or a list) and those of the text `stop_token`.
+
+    The text is taken as it stands after a letter, which may differ from how it stands at a start.
+    """
+    ids = {tokenizer.eos_token_id}
+    if isinstance(eos, list):
+        ids.update(eos)
+    if stop_token is not None:
+        letter = tokenizer("x", add_special_tokens=False).input_ids
+        both = tokenizer("x" + stop_token, add_special_tokens=False).input_ids
+        added = both[len(letter) :]
+        is_apart = both[: len(letter)] == letter and added
+        if not is_apart or {tokenizer.unk_token_id, tokenizer.pad_token_id} & set(added):
+            reason = "the tokenizer has no tokens for it alone after a letter"
+            raise UserError(f"--stop_token {stop_token!r}: {reason}")
+        ids.update(added)
+    return sorted(ids)
+
+
+def allowed_ids(tokenizer, vocab_size, device):
+    """(V,) bool: the ids that a response may hold. The pad and ids that no token has are left out."""
+    ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[[i for i in ids if i < vocab_size]] = True
+    return allowed.to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_pretrained(auto_class, path, new_weights=(), **options):
+    """Load a model in fp32, in eval mode, without dropout.
+
+    auto_class: e.g. AutoModelForCausalLM. new_weights: the ends of the names of weights that the
+    folder may lack (they are random then). A folder that holds only a config gives random weights.
+    Returns (model, sorted names of the weights that the folder lacks). Raises UserError for a
+    folder that is no model of this kind, or whose model lets padding change a row's result.
+    """
+    check_path(path)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options_of_load = {"dtype": torch.float32}
+    if not torch.cuda.is_available():
+        # On CPU, plain attention is faster than the fused one for short rows.
+        options_of_load["attn_implementation"] = "eager"
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        if has_no_weights(path):
             print(f"{path} holds a config and no weights: starting from random weights", flush=True)
-            return auto_class.from_config(config, dtype=torch.float32).eval(), list(may_miss)
-        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # of many kinds: a broken file, another shape, a Hub that does not answer
-        raise UserError(f"{path}: cannot be loaded as a model: {type(error).__name__}: {error}") from error
-    if lacking := sorted(name for name in info["missing_keys"] if not name.endswith(tuple(may_miss))):
-        raise UserError(f"{path}: not a model of this kind: it lacks the weights {', '.join(lacking[:3])}")
-    return model.eval(), sorted(info["missing_keys"])
+            model = auto_class.from_config(config, **options_of_load)
+            missing = list(new_weights)
+        else:
+            model, info = auto_class.from_pretrained(
+                path, config=config, output_loading_info=True, **options_of_load
+            )
+            missing = sorted(info["missing_keys"])
+    except Exception as error:  # Of many kinds: a broken file, other shapes, a Hub that is down.
+        reason = f"cannot be loaded as a model: {type(error).__name__}: {error}"
+        raise UserError(f"{path}: {reason}") from error
+    unexpected = [name for name in missing if not name.endswith(tuple(new_weights))]
+    if unexpected:
+        reason = f"not a model of this kind: it lacks the weights {', '.join(unexpected[:3])}"
+        raise UserError(f"{path}: {reason}")
+    model.eval()
+    check_right_padding(model, path)
+    return model, missing
 
 
-def newest_run(script):
-    """`model/` of the newest finished run of `script` that chose no --output_dir; a UserError if there is none."""
-    if not (finished := [f.parent for f in Path("runs").glob(f"{script}__*/model/config.json")]):
-        raise UserError(f"no finished run in runs/{script}__*: run `python {script}.py` first, or name a model folder")
-    return str(max(finished, key=lambda f: f.stat().st_mtime))
+def has_no_weights(path):
+    """Whether a path is a folder without a weight file."""
+    folder = Path(path)
+    return folder.is_dir() and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]
 
 
-def prepare(args):
-    """The arguments to run with, before anything is loaded or written: as given, or with --resume those of that run."""
-    for field in fields(args):
-        value, least = getattr(args, field.name), min(field.default, 1) if field.type is int else 0
-        bounded = field.type in (int, float, float | None) and field.name != "seed"
-        if isinstance(value, (int, float)) and not (least if bounded else -sys.float_info.max) <= value < float("inf"):
-            raise UserError(f"--{field.name} {value}: must be {f'at least {least} and ' * bounded}finite")
+@torch.no_grad()
+def check_right_padding(model, path):
+    """Refuse a model in which the padding after a row changes the row, since no mask is ever
+    passed.
+
+    Causal attention cannot see what comes later. A bidirectional model can, and so can a router
+    that shares out its experts over all tokens, padding included.
+    """
+    row = torch.arange(1, 7)[None] % model.config.get_text_config().vocab_size
+    padded = F.pad(row, (0, 4), value=1)
+    alone = model.base_model(row, use_cache=False).last_hidden_state
+    hidden = model.base_model(padded, use_cache=False).last_hidden_state[:, : row.shape[1]]
+    if not torch.allclose(alone, hidden, rtol=1e-3, atol=1e-3):
+        raise UserError(f"{path}: not a causal model: padding after a row changes what it computes")
+
+
+def fit_to_tokenizer(model, tokenizer, eos_token_id=None):
+    """Give a model an embedding for every token, and the tokenizer's ids in its configs.
+
+    eos_token_id: an id or a list of ids; None is the tokenizer's.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    if model.can_generate():
+        # A fresh one: many models ship sampling settings that their own generation config refuses.
+        model.generation_config = type(model.generation_config).from_model_config(model.config)
+
+
+def all_eos_ids(policy, tokenizer):
+    """The EOS id of the tokenizer, or a list with all those that the model's configs name."""
+    ids = {tokenizer.eos_token_id}
+    for config in (policy.config, policy.generation_config):
+        if isinstance(config.eos_token_id, list):
+            ids.update(config.eos_token_id)
+    return sorted(ids) if len(ids) > 1 else tokenizer.eos_token_id
+
+
+def max_positions(config):
+    """How many tokens a row may have under this config, or infinity."""
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length all positions turn at another angle, also those of rows already scored.
+        limits.append(rope["original_max_position_embeddings"])
+    return min((limit for limit in limits if limit is not None), default=math.inf)
+
+
+def check_positions(config, length, flag, path):
+    """Refuse rows that are longer than a model has positions."""
+    if length > max_positions(config):
+        reason = f"{length} tokens are more than the {max_positions(config)} positions of {path}"
+        raise UserError(f"{flag}: {reason}")
+
+
+def head_logits(model, hidden):
+    """Logits (..., V) of hidden states (..., d): the language-model head, with its cap (Gemma 2)."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def static_cache(config, length):
+    """A key-value cache of fixed size, which one compiled decoding step can fill at any position.
+
+    Layers with a sliding window get the full length too, and the attention mask keeps the window:
+    the library's shorter cache would be compiled anew at every position.
+    """
+    cache = StaticCache(config=config, max_cache_len=length)
+    if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise UserError(f"--model: it cannot be sampled from with a static cache ({kinds[0]})")
+    cache.layers = [StaticLayer(length) for _ in cache.layers]
+    return cache
+
+
+@torch.no_grad()
+def check_decoding(model, length, path):
+    """Refuse a language model whose step through the cache differs from a plain forward.
+
+    One row of `length` tokens is read at once, and again as a left-padded prompt with a last step.
+    Families with attention or logits of their own kind fail here, instead of in silence later.
+    """
+    if hasattr(model.config, "text_config"):
+        raise UserError(f"--model {path}: it is not a model of text alone")
+    row = torch.arange(1, length + 1, device=model.device)[None] % model.config.vocab_size
+    hidden = model.base_model(row, use_cache=False).last_hidden_state
+    expected = model(row, use_cache=False).logits[:, -1]
+    # Three tokens of padding, then all of the row but its last token, then that token alone.
+    cache = static_cache(model.config, length + 3)
+    mask = torch.ones(1, length + 3, dtype=torch.long, device=model.device)
+    mask[:, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = F.pad(row, (3, 0))
+    options = {"past_key_values": cache, "use_cache": True}
+    prompt_mask = mask.clone()
+    prompt_mask[:, -1] = 0
+    model(padded[:, :-1], attention_mask=prompt_mask, position_ids=positions[:, :-1], **options)
+    output = model(padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **options)
+    tolerance = 1e-3 * expected.abs().max().clamp(min=1)
+    for logits in (output.logits[:, -1], head_logits(model, hidden[:, -1])):
+        if not torch.allclose(logits, expected, atol=tolerance.item(), rtol=0):
+            reason = "its attention or its logits are of a kind that this script would get wrong"
+            raise UserError(f"--model {path}: {reason}")
+
+
+def to_bf16(module):
+    """Round a module's parameters to bf16, in place. Buffers, such as rotary angles, stay fp32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return module
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copy every parameter into the same place of another module, in that module's precision."""
+    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        ours.copy_(theirs)
+
+
+def compile_layers(model):
+    """Compile each transformer layer, for rows of any length. Embeddings and heads stay as they are."""
+    # Every layer counts as a compilation, and so do the first changes of length; the limit is 8.
+    torch.compiler.config.recompile_limit = 256
+    # DDP would cut each layer into pieces, which fails for lengths that change.
+    torch._dynamo.config.optimize_ddp = False
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"--compile: finds no layers in {type(model).__name__}; use --no-compile")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def wrap(module, ranks):
+    """The module that losses go through: with several ranks, gradients are averaged over them."""
+    if ranks.world_size == 1:
+        return module
+    return torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def autocast(args, device):
+    """The context of every forward: bf16 where --precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def gradient_step(module, optimizer, max_grad_norm):
+    """Clip the gradients to a global norm (0: never), step, and clear them. Returns the norm."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    optimizer.step()
+    clear_gradients(optimizer)
+    return grad_norm
+
+
+def clear_gradients(optimizer):
+    """Free the gradients; under DDP zero them, because they are views of what DDP exchanges."""
+    optimizer.zero_grad(set_to_none=not dist.is_initialized())
+
+
+# --------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def global_batches(num_rows, batch_size, num_steps, seed, done=0):
+    """Yield (epoch, row numbers) of the steps after `done`, in a new order each epoch.
+
+    The rows are those of all ranks; they depend on the seed alone. The last batch of an epoch may
+    be smaller. Epochs count from 1.
+    """
+    steps_per_epoch = math.ceil(num_rows / batch_size)
+    epoch_of_order = None
+    for step in range(done, num_steps):
+        epoch, index = divmod(step, steps_per_epoch)
+        if epoch != epoch_of_order:
+            order = torch.randperm(num_rows, generator=seeded(seed, "order", epoch)).tolist()
+            epoch_of_order = epoch
+        yield epoch + 1, order[index * batch_size : (index + 1) * batch_size]
+
+
+def split_by_length(lengths, size, ranks=None):
+    """Row numbers in groups of at most `size` rows of similar length, as index tensors.
+
+    lengths (N,): tokens of each row, on the CPU. With ranks: only this rank's share of the rows,
+    one in world_size of every length. There is at least one group, which may be empty.
+    """
+    order = torch.as_tensor(lengths).argsort(stable=True)
+    if ranks is not None:
+        order = order[ranks.rank :: ranks.world_size]
+    return order.split(size)
+
+
+def prompt_order(num_prompts, first, count, seed):
+    """Numbers of the prompts of episodes first .. first + count - 1.
+
+    Pass after pass over the prompts, each in an order of its own; the seed alone decides.
+    """
+    order = []
+    first_pass = first // num_prompts
+    last_pass = (first + count - 1) // num_prompts
+    for number in range(first_pass, last_pass + 1):
+        order += torch.randperm(num_prompts, generator=seeded(seed, "prompts", number)).tolist()
+    start = first % num_prompts
+    return order[start : start + count]
+
+
+def select(batch, rows):
+    """Some rows of every tensor of a batch, cut after their longest sequence and longest response."""
+    part = {name: x[rows] for name, x in batch.items()}
+    response_lengths = part["mask"].sum(1)
+    R = response_lengths.max().item()
+    T = (part["prompt_lengths"] + response_lengths).max().item()
+    for name, x in part.items():
+        if name == "input_ids":
+            part[name] = x[:, :T]
+        elif x.ndim == 2:
+            part[name] = x[:, :R]
+    return part
+
+
+def total_lengths(batch):
+    """Tokens of prompt and response of each row, (B,), on the CPU."""
+    return (batch["prompt_lengths"] + batch["mask"].sum(1)).cpu()
+
+
+def left_pad(sequences, length, pad_id, device):
+    """queries and query_mask, each (B,P), of lists of token ids."""
+    queries = [[pad_id] * (length - len(ids)) + ids for ids in sequences]
+    query_mask = [[False] * (length - len(ids)) + [True] * len(ids) for ids in sequences]
+    return torch.tensor(queries, device=device), torch.tensor(query_mask, device=device)
+
+
+def pad_right(sequences, value, length=None):
+    """Lists of numbers as one tensor (B,T), each filled up with `value` to the longest or `length`."""
+    T = max(len(x) for x in sequences) if length is None else length
+    return torch.tensor([[*x, *[value] * (T - len(x))] for x in sequences])
+
+
+def to_device(batch, device):
+    """The tensors of a batch on the device; the copies do not wait for it."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def pack_rows(input_ids, mask):
+    """Move the real tokens of every row to the left, in their order, and the padding after them.
+
+    input_ids (B,T); mask (B,T): True for real tokens. Returns (packed input_ids (B,T), lengths
+    (B,)).
+    """
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    return input_ids.gather(1, order), mask.long().sum(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+def check_at_least(args, least, *names):
+    """Refuse flags below `least`, or not finite; None is left alone."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be at least {least} and finite")
+
+
+def check_above_zero(args, *names):
+    """Refuse flags that are 0, below, or not finite; None is left alone."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: must be above 0 and finite")
+
+
+def check_shared_flags(args):
+    """Check the flags that all scripts have, before anything is loaded or written."""
+    check_at_least(args, 1, "batch_size", "micro_batch_size")
+    check_at_least(args, 0, "lr", "max_grad_norm", "save_every")
+    check_above_zero(args, "timeout_minutes")
     if args.track == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--track tensorboard: not installed; run `pip install tensorboard`")
     if args.resume is None and args.output_dir and Path(args.output_dir).exists():
-        raise UserError(f"--output_dir {args.output_dir}: exists already; name another folder or remove it")
+        reason = "exists already; name another folder or remove it"
+        raise UserError(f"--output_dir {args.output_dir}: {reason}")
+
+
+def resolve_args(args):
+    """The arguments to run with: as given, or with --resume those of the run that goes on."""
     if args.resume is None:
         return args
-    if not (path := Path(args.resume) / "args.json").is_file() or (path.parent / "model").exists():
-        raise UserError(f"--resume {args.resume}: {'the run is finished' if path.is_file() else 'no args.json in it'}")
-    saved = asdict(args) | json.loads(path.read_text())["args"] | {"resume": args.resume, "output_dir": args.resume}
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    if other := [x for x in saved if getattr(args, x, "?") not in (getattr(type(args), x, None), saved[x])]:
-        raise UserError(f"--resume {args.resume}: --{other[0]} differs from that run's own, or is no flag here")
+    path = Path(args.resume) / "args.json"
+    if not path.is_file():
+        raise UserError(f"--resume {args.resume}: no args.json in it")
+    if (path.parent / "model").exists():
+        raise UserError(f"--resume {args.resume}: the run is finished")
+    saved = asdict(args) | json.loads(path.read_text())["args"]
+    saved |= {"resume": args.resume, "output_dir": args.resume}
+    for name, value in saved.items():
+        if not hasattr(args, name):
+            raise UserError(f"--resume {args.resume}: --{name} is no flag of this script")
+        if isinstance(value, list):  # JSON has no tuples.
+            saved[name] = tuple(value)
+        default = getattr(type(args), name)
+        if getattr(args, name) not in (default, saved[name]):
+            raise UserError(f"--resume {args.resume}: --{name} differs from that of the run")
     return replace(args, **saved)
 
 
+def newest_run(script, dataset):
+    """The model folder of the newest finished run of `script` on data from the folder of `dataset`.
+
+    Only runs without an --output_dir are looked at. Raises UserError if there is none.
+    """
+    folder = Path(dataset).parent
+    finished = []
+    for config in Path("runs").glob(f"{script}__*/model/config.json"):
+        run = config.parent.parent
+        args = json.loads((run / "args.json").read_text())["args"]
+        if Path(args["dataset"]).parent == folder:
+            finished.append(config)
+    if not finished:
+        reason = f"no finished run of {script}.py on data from {folder} in runs/{script}__*"
+        raise UserError(f"{reason}: run `python {script}.py` first, or name a model folder")
+    return str(max(finished, key=lambda config: config.stat().st_mtime).parent)
+
+
+# --------------------------------------------------------------------------------------------------
+# Run folders
+
+
 def progress(done, total, ranks, name):
-    """Steps done + 1 .. total under a progress bar with the time left, on rank 0; sparse where the output is a file."""
-    interval = {"mininterval": 0.2 if sys.stderr.isatty() else 15.0, "maxinterval": 60}
-    return tqdm(range(done + 1, total + 1), name, total, initial=done, disable=ranks.rank > 0, **interval)
+    """The steps done + 1 .. total, with a progress bar on rank 0; sparse where it goes to a file."""
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    steps = range(done + 1, total + 1)
+    return tqdm(
+        steps,
+        name,
+        total,
+        initial=done,
+        disable=not ranks.is_main,
+        mininterval=interval,
+        maxinterval=60,
+    )
 
 
 def save_pretrained(folder, *parts):
-    """Write models and tokenizers into one folder that appears complete or not at all."""
-    [part.save_pretrained(f"{folder}.tmp") for part in parts]
-    shutil.rmtree(folder, ignore_errors=True), os.rename(f"{folder}.tmp", folder)  # left by a run that was stopped
+    """Write models and tokenizers into one folder, which appears complete or not at all."""
+    for part in parts:
+        part.save_pretrained(f"{folder}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # Left by a run that was stopped.
+    os.rename(f"{folder}.tmp", folder)
+
+
+def first_word(key):
+    """The name that a metric's column shows: the last part of its key, and whether it is held out."""
+    name = key.split("/")[-1]
+    return f"eval {name}" if key.startswith("eval/") else name
 
 
 class Run:
-    """One run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, model/. Only rank 0 writes."""
+    """A run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, model/.
+
+    Only rank 0 writes. Names are the same on all ranks.
+    """
 
     def __init__(self, args, ranks, script):
-        self.is_main, self.script, self.track = ranks.rank == 0, script, lambda metrics, step: None
-        started = int(all_gather(torch.tensor([int(time.time())], device=ranks.device))[0])  # by the clock of rank 0
+        self.is_main = ranks.is_main
+        self.script = script
+        self.tracker = None
+        self.track = args.track
+        now = torch.tensor([int(time.time())], device=ranks.device)
+        started = all_gather(now)[0].item()  # The clock of rank 0 names the folder.
         self.folder = Path(args.output_dir or f"runs/{script}__{args.seed}__{started}")
         if not self.is_main:
             return
-        record = {"args": asdict(args), "argv": sys.argv, "world_size": ranks.world_size, **environment()}
+        record = {"script": f"{script}.py", "args": asdict(args), "argv": sys.argv}
+        record |= {"world_size": ranks.world_size, **environment()}
         if args.resume is None:
             (self.folder / "checkpoints").mkdir(parents=True)
             (self.folder / "args.json").write_text(json.dumps(record, indent=2) + "\n")
         if args.track == "wandb":
-            options = {"project": "rlhf", "name": self.folder.name, "dir": str(self.folder), "config": record}
-            self.track = importlib.import_module("wandb").init(**options).log
+            wandb = importlib.import_module("wandb")
+            self.tracker = wandb.init(
+                project="rlhf", name=self.folder.name, dir=str(self.folder), config=record
+            )
         elif args.track == "tensorboard":
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
-            self.track = lambda new, step: [*(writer.add_scalar(key, new[key], step) for key in new), writer.flush()]
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            self.tracker = tensorboard.SummaryWriter(self.folder)
         print(f"{script}: writing to {self.folder}", flush=True)
 
     def log(self, step, metrics, show=()):
-        """Append {"step": step, **metrics} to metrics.jsonl and the tracker; print the keys of `show`, aligned."""
-        if self.is_main:
-            self.append("metrics.jsonl", [{"step": step, **metrics}])
-            self.track(metrics, step)
-            label = {key: ("eval " if key.startswith("eval/") else "") + key.split("/")[-1] for key in show}
-            cells = [f"{label[key]} {metrics[key]:<8.4g}" if key in metrics else " " * len(label[key]) for key in show]
-            tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
+        """Append the metrics to metrics.jsonl and the tracker; print those that `show` names."""
+        if not self.is_main:
+            return
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
+        if self.track == "wandb":
+            self.tracker.log(metrics, step=step)
+        elif self.track == "tensorboard":
+            for key, value in metrics.items():
+                self.tracker.add_scalar(key, value, step)
+            self.tracker.flush()
+        cells = []
+        for key in show:
+            cell = f"{first_word(key)} {metrics[key]:<8.4g}" if key in metrics else ""
+            cells.append(cell.ljust(len(first_word(key)) + 9))
+        tqdm.write(f"{self.script} {step:>5} | " + " ".join(cells).rstrip())
 
-    def show_samples(self, step, columns):
-        """The first rows of {name: numbers or texts} into samples.jsonl, and four of them as a small table."""
-        self.append("samples.jsonl", [{"step": step, **dict(zip(columns, row))} for row in zip(*columns.values())][:16])
-        for row in (columns, *zip(*(column[:4] for column in columns.values()))):
-            tqdm.write(" | ".join(f"{x:6.2f}" if isinstance(x, float) else " ".join(str(x).split())[-70:] for x in row))
+    def show_samples(self, step, columns, num_shown=4):
+        """Write rows of {name: numbers or texts} to samples.jsonl, and print the first of them."""
+        if not self.is_main:
+            return
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.append("samples.jsonl", [{"step": step, **row} for row in rows])
+        tqdm.write(" | ".join(columns))
+        for row in rows[:num_shown]:
+            cells = [f"{x:6.2f}" if isinstance(x, float) else one_line(x) for x in row.values()]
+            tqdm.write(" | ".join(cells))
 
     def append(self, name, rows):
+        """Append rows to a JSON-lines file of the folder."""
         with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save_checkpoint(self, step, **state):
-        """Everything that resuming needs, under a temporary name until it is complete."""
+    def save_checkpoint(self, step, objects):
+        """Write {name: something with state_dict()}; the file appears complete or not at all."""
+        if not self.is_main:
+            return
+        state = {name: x.state_dict() for name, x in objects.items()}
+        path = self.folder / "checkpoints" / f"step_{step:06d}.pt"
+        torch.save({"step": step, **state}, f"{path}.tmp")
+        os.rename(f"{path}.tmp", path)
+
+    def load_checkpoint(self, objects):
+        """Restore the objects from the newest checkpoint and return its step.
+
+        Lines of metrics and samples that were written after it are cut off.
+        """
+        paths = sorted((self.folder / "checkpoints").glob("step_*.pt"))
+        if not paths:
+            reason = "no checkpoint; was it started with --save_every?"
+            raise UserError(f"--resume {self.folder}: {reason}")
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True, mmap=True)
+        for name, x in objects.items():
+            x.load_state_dict(state[name])
         if self.is_main:
-            path = self.folder / "checkpoints" / f"step_{step:06d}.pt"
-            torch.save({"step": step, **state}, f"{path}.tmp"), os.rename(f"{path}.tmp", path)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self.cut_lines(self.folder / name, state["step"])
+        return state["step"]
 
-    def load_checkpoint(self):
-        """The newest complete checkpoint, on CPU; metric and sample lines written after it are cut off."""
-        if not (paths := sorted((self.folder / "checkpoints").glob("step_*.pt"))):
-            raise UserError(f"--resume {self.folder}: no checkpoint; was it started with --save_every?")
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        for path in filter(Path.exists, map(self.folder.joinpath, ["metrics.jsonl", "samples.jsonl"] * self.is_main)):
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-        return state
+    def cut_lines(self, path, step):
+        """Keep the complete lines of a JSON-lines file up to a step."""
+        if not path.exists():
+            return
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+
+
+def one_line(x):
+    """The end of a text, or of a list of messages, on one line of at most 70 characters."""
+    return " ".join(str(x).split())[-70:]
 
 
 def environment():
-    """What a reader needs to run the same thing again: commit, whether the tree was clean, versions, hardware."""
-    describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null"
-    commit, _, dirty = os.popen(describe).read().strip().partition("-")
-    versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    """What is needed to run the same thing again: commit, whether it was clean, versions, hardware."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    command += ["--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit, _, dirty = done.stdout.strip().partition("-")
+    except OSError:  # A machine without git.
+        commit, dirty = "", ""
+    versions = {
+        package.__name__: package.__version__ for package in (torch, transformers, datasets)
+    }
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return {"commit": commit, "dirty": bool(dirty), "versions": versions, "device": device}
