@@ -138,7 +138,7 @@ class Args:
     lr: float = 1e-3
     """learning rate of the first step; decays linearly to 0"""
     policy_lr_scale: float = 1.0
-    """the learning rate of transformer and LM head, as a multiple of lr; 0: they stay as they are"""
+    """learning rate of transformer and LM head, as a multiple of lr; 0: they stay as they are"""
     max_grad_norm: float = 1.0
     """gradients of a larger global norm are scaled down to it; 0: never"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -271,7 +271,7 @@ class EmbeddingQ(torch.nn.Module):
 
 
 class ILQL(torch.nn.Module):
-    """The policy pi_beta (a language model), and on its last hidden state V, the Qs and their targets."""
+    """The policy pi_beta, a language model, and on its last hidden state V, Qs and target Qs."""
 
     def __init__(self, policy, num_qs=2, q_rows="ids", **statistics):
         super().__init__()
@@ -388,7 +388,7 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
 
 
 def steered_decode_step(ilql, tokens, uniforms, beta, temperature, allowed, **inputs):
-    """Feed tokens (B,n) to the model and sample the next one, (B,); inputs: cache, mask, positions."""
+    """Feed tokens (B,n) and sample the next one, (B,); inputs: cache, mask and positions."""
     output = ilql.policy.base_model(tokens, use_cache=True, **inputs)
     hidden = output.last_hidden_state[:, -1]
     logits = ilql.steered_logits(hidden, beta, allowed, temperature)
@@ -518,7 +518,7 @@ def encode_row(tokenizer, row):
 
 
 def check_reward(row):
-    """Refuse a row whose reward is not a finite number, or a list of finite numbers, in fp32 too."""
+    """Refuse a row whose reward is not a number that is finite in fp32, or a list of them."""
     rewards = row["reward"] if isinstance(row["reward"], list) else [row["reward"]]
     for reward in rewards:
         if not isinstance(reward, int | float) or not abs(reward) < 3e38:
@@ -620,7 +620,7 @@ def batch_loss(model, rows, num_tokens, means, loss_fn, tokenizer, args, device)
 
 @torch.no_grad()
 def standardise_inputs(ilql, rows, tokenizer):
-    """Set the mean and deviation that the heads' inputs are standardised by, from some rows' states."""
+    """Set the mean and deviation by which the heads' inputs are standardised, from some rows."""
     sample = rows[:: math.ceil(len(rows) / 128)]
     device = ilql.hidden_mean.device
     batch = to_device(collate(sample, tokenizer.eos_token_id), device)

@@ -303,7 +303,7 @@ def ppo_loss(new, batch, args):
 
 
 class AdaptiveKLController:
-    """Moves kl_coef until the KL of a response meets a target (Ziegler et al. 2019, section 2.2)."""
+    """Moves kl_coef until the KL of a response meets a target (Ziegler et al. 2019, 2.2)."""
 
     def __init__(self, kl_coef, target, horizon):
         self.kl_coef = kl_coef
@@ -311,7 +311,7 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, kl, num_episodes):
-        """The new coefficient, after num_episodes responses of all ranks with mean KL kl, in nats."""
+        """The new coefficient, after num_episodes responses on all ranks, of mean KL `kl` in nats."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
         return self.kl_coef
@@ -358,13 +358,13 @@ class RunningMoments:
 
 
 def response_positions(input_ids, prompt_lengths, response_length):
-    """(B,R): where response token t of each row stands in input_ids (B,T); the last index beyond."""
+    """(B,R): where response token t of each row stands in input_ids (B,T), at most T - 1."""
     t = torch.arange(response_length, device=input_ids.device)
     return (prompt_lengths[:, None] + t).clamp(max=input_ids.shape[1] - 1)
 
 
 def response_hidden(model, input_ids, positions):
-    """Hidden states (B,R,d) just before the tokens at positions (B,R): what these are predicted from."""
+    """Hidden states (B,R,d) just before the tokens at positions (B,R), which predict them."""
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
     return hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -457,7 +457,7 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
 
 
 def decode_step(model, tokens, uniforms, temperature, allowed, **inputs):
-    """Feed tokens (B,n) to the model and sample the next one, (B,); inputs: cache, mask, positions."""
+    """Feed tokens (B,n) and sample the next one, (B,); inputs: cache, mask and positions."""
     hidden = model.base_model(tokens, use_cache=True, **inputs).last_hidden_state[:, -1]
     return sample_tokens(head_logits(model, hidden), uniforms, temperature, allowed)
 
@@ -668,7 +668,7 @@ def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over real tokens of all ranks; 0 if returns are equal."""
+    """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
     errors = returns - values
     error_variance = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
@@ -678,7 +678,7 @@ def explained_variance(values, returns, mask):
 
 
 def rollout_metrics(batch, kl_coef, more):
-    """Means over the responses and response tokens of all ranks; more: other tensors (B,) by name."""
+    """Means over responses and response tokens of all ranks; more: other tensors (B,) by name."""
     mask = batch["mask"]
     log_ratio = batch["logprobs"] - batch["ref_logprobs"]
     k3 = torch.exp(-log_ratio) - 1 + log_ratio
@@ -732,8 +732,16 @@ def check_flags(args):
         )
 
 
+def choose_models(args):
+    """Fill in the newest finished runs of the earlier stages where no model is named."""
+    if args.model is None:
+        args.model = newest_run("sft", args.dataset)
+    if args.reward_model is None and args.reward_fn is None:
+        args.reward_model = newest_run("reward_model", args.dataset)
+
+
 def load_reward_functions(args, prompts):
-    """(reward_fn, monitor_fn), None where not given; each is called once, to show mistakes early."""
+    """(reward_fn, monitor_fn) or None; each is called once, so that mistakes show early."""
     functions = []
     for flag in ("reward_fn", "monitor_fn"):
         spec = getattr(args, flag)
@@ -778,53 +786,61 @@ def load_models(args, tokenizer, num_positions, device):
         to_bf16(reference)
         if reward_model is not None:
             to_bf16(reward_model.base_model)
+    if args.compile:
+        for model in (policy, reference, critic, reward_model):
+            if model is not None:
+                compile_layers(model)
     return policy, reference, critic, reward_model
+
+
+def sampling_options(args, tokenizer, policy, query_length, allowed):
+    """The options of `generate`, with a cache to reuse, and a compiled step if asked."""
+    stop_ids = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
+    step = decode_step
+    if args.compile:
+        step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
+    return {
+        "temperature": args.temperature,
+        "stop_ids": torch.tensor(stop_ids, device=allowed.device),
+        "pad_id": tokenizer.pad_token_id,
+        "allowed": allowed,
+        "min_length": args.min_length,
+        "cache": static_cache(policy.config, query_length + args.response_length),
+        "step": step,
+    }
 
 
 def main(args):
     args = resolve_args(args)
     check_flags(args)
-    args.model = args.model or newest_run("sft", args.dataset)
-    if args.reward_model is None and args.reward_fn is None:
-        args.reward_model = newest_run("reward_model", args.dataset)
+    choose_models(args)
     tokenizer = load_tokenizer(args.model)
     if args.reward_model:
         check_same_tokenizer(args.reward_model, tokenizer, args.model)
     prompts = load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
     reward_fn, monitor_fn = load_reward_functions(args, prompts)
     P = max(len(ids) for ids, _ in prompts)
-    R = args.response_length
 
     ranks = init_ranks(args.timeout_minutes)
     device = ranks.device
     parts = ranks.world_size * args.num_minibatches
     check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
-    policy, reference, critic, reward_model = load_models(args, tokenizer, P + R, device)
+    policy, reference, critic, reward_model = load_models(
+        args, tokenizer, P + args.response_length, device
+    )
     allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
 
-    # Responses are sampled from a copy of the policy, which is in bf16 where asked, and whose step
-    # is compiled as a whole. Its weights are filled in before each rollout.
+    # Responses are sampled from a copy of the policy, which is in bf16 where asked, and whose
+    # decoding step is compiled as a whole. Its weights are filled in before each rollout.
     sampler = copy.deepcopy(policy).requires_grad_(False)
     if args.precision == "bf16":
         to_bf16(sampler)
-    stop_ids = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
-    sampling = {
-        "temperature": args.temperature,
-        "stop_ids": torch.tensor(stop_ids, device=device),
-        "pad_id": tokenizer.pad_token_id,
-        "allowed": allowed,
-        "min_length": args.min_length,
-        "cache": static_cache(policy.config, P + R),
-        "step": decode_step,
-    }
+    sampling = sampling_options(args, tokenizer, policy, P, allowed)
+
     logprobs_fn = token_logprobs
     if args.compile:
-        for model in (policy, reference, critic, reward_model):
-            if model is not None:
-                compile_layers(model)
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
-        sampling["step"] = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
     actor_critic = ActorCritic(Actor(policy, args.temperature, allowed, logprobs_fn), critic)
     reference = Actor(reference, args.temperature, allowed, logprobs_fn)
     train_model = wrap(actor_critic, ranks)

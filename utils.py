@@ -51,7 +51,7 @@ class Ranks:
 
 
 def launch(main, args):
-    """Run `main(args)`. A mistake of the user's ends in one line and exit code 1, without a traceback."""
+    """Run `main(args)`. A mistake of the user's ends in one line and exit code 1."""
     try:
         main(args)
     except (UserError, FileExistsError, NotADirectoryError) as error:
@@ -113,7 +113,7 @@ def check_divides(divisor, number, what):
 
 
 def all_gather(x):
-    """The tensors of all ranks, which must have one shape, concatenated along dim 0 in rank order."""
+    """The tensors of all ranks, all of one shape, concatenated along dim 0 in rank order."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -197,7 +197,7 @@ class Means:
 
 
 def check_path(path):
-    """Refuse a path that is not here and cannot be a name on the Hub either, without asking the Hub."""
+    """Refuse, without asking the Hub, a path that is not here and cannot be a name there."""
     starts_local = path.startswith((".", "/", "~", "runs/", "data/"))
     ends_local = path.endswith((".json", ".jsonl", ".parquet"))
     is_local = starts_local or ends_local or path.count("/") > 1
@@ -266,7 +266,7 @@ def load_rows(path, columns, max_rows=None):
 
 
 def hold_out(rows, seed):
-    """(training rows, held-out rows): one row in twenty, drawn by the seed, and no copy of it stays."""
+    """(training rows, held-out rows): one row in twenty by the seed, and no copy of it stays."""
     order = torch.randperm(len(rows), generator=seeded(seed, "held out")).tolist()
     held_out = [rows[i] for i in order[: len(rows) // 20]]
     copies = {repr(row) for row in held_out}
@@ -440,7 +440,7 @@ def stop_token_ids(tokenizer, stop_token, eos):
 
 
 def allowed_ids(tokenizer, vocab_size, device):
-    """(V,) bool: the ids that a response may hold. The pad and ids that no token has are left out."""
+    """(V,) bool: the ids that a response may hold; not the pad, and no id without a token."""
     ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[[i for i in ids if i < vocab_size]] = True
@@ -555,7 +555,7 @@ def check_positions(config, length, flag, path):
 
 
 def head_logits(model, hidden):
-    """Logits (..., V) of hidden states (..., d): the language-model head, with its cap (Gemma 2)."""
+    """Logits (...,V) of hidden states (...,d): the language-model head, with its cap (Gemma 2)."""
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
@@ -622,7 +622,7 @@ def copy_weights(source, target):
 
 
 def compile_layers(model):
-    """Compile each transformer layer, for rows of any length. Embeddings and heads stay as they are."""
+    """Compile each transformer layer, for rows of any length; embeddings and heads stay eager."""
     # Every layer counts as a compilation, and so do the first changes of length; the limit is 8.
     torch.compiler.config.recompile_limit = 256
     # DDP would cut each layer into pieces, which fails for lengths that change.
@@ -706,7 +706,7 @@ def prompt_order(num_prompts, first, count, seed):
 
 
 def select(batch, rows):
-    """Some rows of every tensor of a batch, cut after their longest sequence and longest response."""
+    """Some rows of every tensor, cut after their longest sequence and their longest response."""
     part = {name: x[rows] for name, x in batch.items()}
     response_lengths = part["mask"].sum(1)
     R = response_lengths.max().item()
@@ -731,9 +731,9 @@ def left_pad(sequences, length, pad_id, device):
     return torch.tensor(queries, device=device), torch.tensor(query_mask, device=device)
 
 
-def pad_right(sequences, value, length=None):
-    """Lists of numbers as one tensor (B,T), each filled up with `value` to the longest or `length`."""
-    T = max(len(x) for x in sequences) if length is None else length
+def pad_right(sequences, value):
+    """Lists of numbers as one tensor (B,T), filled up with `value` to the longest."""
+    T = max(len(x) for x in sequences)
     return torch.tensor([[*x, *[value] * (T - len(x))] for x in sequences])
 
 
@@ -829,7 +829,7 @@ def newest_run(script, dataset):
 
 
 def progress(done, total, ranks, name):
-    """The steps done + 1 .. total, with a progress bar on rank 0; sparse where it goes to a file."""
+    """The steps done + 1 .. total, with a progress bar on rank 0, sparse where it is a file."""
     interval = 0.2 if sys.stderr.isatty() else 15.0
     steps = range(done + 1, total + 1)
     return tqdm(
@@ -852,7 +852,7 @@ def save_pretrained(folder, *parts):
 
 
 def first_word(key):
-    """The name that a metric's column shows: the last part of its key, and whether it is held out."""
+    """What a metric's column is headed: the last part of its key, and whether it is held out."""
     name = key.split("/")[-1]
     return f"eval {name}" if key.startswith("eval/") else name
 
@@ -963,7 +963,7 @@ def one_line(x):
 
 
 def environment():
-    """What is needed to run the same thing again: commit, whether it was clean, versions, hardware."""
+    """What is needed to run the same again: commit, whether it was clean, versions, hardware."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     command += ["--exclude=*", "--dirty"]
     try:
