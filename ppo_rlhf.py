@@ -46,6 +46,7 @@ Rules that you might not expect:
       in the reference. There is no top-k or top-p. The temperature divides the logits everywhere.
     - The old log-probabilities come from the same forward as the new ones, not from the sampler,
       which is a copy of the policy (in bf16 under --precision bf16). So the first ratio is 1.
+      Under bf16 the frozen models are rounded to bf16 as well, and the first KL is not quite 0.
     - Log-softmax, scores and values are computed in fp32 under bf16 as well. Dropout is off.
     - Advantages are whitened over all real tokens of the batch, on all ranks. Losses are sums over
       the real tokens of a minibatch, divided by their number on all ranks.
@@ -69,12 +70,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from utils import Means, Run, UserError, all_eos_ids, all_gather, allowed_ids, autocast
 from utils import call_reward_fn, check_above_zero, check_at_least, check_decoding, check_divides
-from utils import check_positions, check_same_tokenizer, check_shared_flags, clear_gradients, clock
+from utils import check_positions, check_same_tokenizer, check_shared_flags, clear_gradients
 from utils import compile_layers, copy_weights, fit_to_tokenizer, head_logits, init_ranks, launch
 from utils import left_pad, load_function, load_pretrained, load_prompts, load_tokenizer
 from utils import masked_mean, newest_run, pack_rows, progress, prompt_order, resolve_args
 from utils import save_pretrained, seeded, select, split_by_length, static_cache, stop_token_ids
-from utils import sum_over_ranks, to_bf16, total_lengths, whiten, wrap
+from utils import Stopwatch, sum_over_ranks, to_bf16, total_lengths, whiten, wrap
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Args:
     target_kl_nats: float | None = None
     """adapt kl_coef until the KL of a response is this; none: kl_coef stays as it is"""
     kl_horizon: int = 10000
-    """with --target_kl_nats: episodes in which kl_coef can change by about its own size"""
+    """with --target_kl_nats: episodes in which kl_coef changes by a fifth or so at most"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
@@ -226,6 +227,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     Unrolled, it is equation 16 itself: advantages[t] = sum over k >= t of (gamma * lam)^(k - t) *
     delta[k]. That is one product with a triangular matrix, here in fp64, for all t at once.
     """
+    dtype = values.dtype
     rewards = torch.where(mask, rewards, 0.0).double()
     values = torch.where(mask, values, 0.0).double()
     next_values = F.pad(values[:, 1:], (0, 1))
@@ -235,7 +237,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     weights = torch.tril((gamma * lam) ** exponents.double())
     advantages = torch.where(mask, deltas @ weights, 0.0)
     returns = advantages + values
-    return advantages.float(), returns.float()
+    return advantages.to(dtype), returns.to(dtype)
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
@@ -311,7 +313,7 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, kl, num_episodes):
-        """The new coefficient, after num_episodes responses on all ranks, of mean KL `kl` in nats."""
+        """The new coefficient, after num_episodes responses on all ranks with a mean KL of `kl`."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
         return self.kl_coef
@@ -482,12 +484,12 @@ def generate(
     prompt_lengths = query_mask.long().sum(1, keepdim=True)
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
     key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
-    inputs = {"temperature": temperature, "allowed": allowed}
-    inputs |= {"past_key_values": cache, "attention_mask": key_mask}
+    options = {"temperature": temperature, "allowed": allowed}
+    options |= {"past_key_values": cache, "attention_mask": key_mask}
 
     responses = torch.full((B, R), pad_id, device=queries.device)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
-    next_tokens = decode_step(model, queries, uniforms[:, 0], position_ids=positions, **inputs)
+    next_tokens = decode_step(model, queries, uniforms[:, 0], position_ids=positions, **options)
     for t in range(R):
         responses[:, t] = torch.where(ended, pad_id, next_tokens)
         if t >= min_length:
@@ -497,7 +499,7 @@ def generate(
         key_mask[:, P + t] = 1
         tokens = responses[:, t, None]
         positions = prompt_lengths + t
-        next_tokens = step(model, tokens, uniforms[:, t + 1], position_ids=positions, **inputs)
+        next_tokens = step(model, tokens, uniforms[:, t + 1], position_ids=positions, **options)
     return responses
 
 
@@ -522,8 +524,8 @@ def next_prompts(prompts, update, args, ranks):
 def rollout(sampler, prompts, uniforms, query_length, eos_id, **sampling):
     """Sample a response to each prompt and pack each row to the left.
 
-    Returns input_ids (B,T), prompt_lengths (B,), responses (B,R), mask (B,R) and has_eos (B,).
-    sampling: the options of `generate`.
+    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R) and has_eos
+    (B,). sampling: the options of `generate`.
     """
     sequences = [ids for ids, _ in prompts]
     pad_id = sampling["pad_id"]
@@ -535,11 +537,12 @@ def rollout(sampler, prompts, uniforms, query_length, eos_id, **sampling):
     is_stop = torch.isin(responses, sampling["stop_ids"]) & mask
     has_eos = is_stop[:, min_length:].any(1)
 
-    is_real = torch.cat([query_mask, mask], dim=1)
-    input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), is_real)
-    is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) >= lengths[:, None]
+    both_masks = torch.cat([query_mask, mask], dim=1)
+    input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), both_masks)
+    is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
     return {
-        "input_ids": input_ids.masked_fill(is_padding, eos_id),
+        "input_ids": torch.where(is_real, input_ids, eos_id),
+        "is_real": is_real,
         "prompt_lengths": query_mask.sum(1),
         "responses": responses,
         "mask": mask,
@@ -553,48 +556,51 @@ def score(batch, actor_critic, reference, reward_model, args):
 
     Without a reward model the raw scores are 0, for a reward function to replace.
     """
-    B, R = batch["mask"].shape
     device = batch["mask"].device
-    scored = {name: torch.zeros(B, R, device=device) for name in ("logprobs", "values")}
-    scored["ref_logprobs"] = torch.zeros(B, R, device=device)
-    scored["raw_scores"] = torch.zeros(B, device=device)
+    logprobs = torch.zeros(batch["mask"].shape, device=device)
+    ref_logprobs = torch.zeros_like(logprobs)
+    values = torch.zeros_like(logprobs)
+    raw_scores = torch.zeros(len(logprobs), device=device)
     for rows in split_by_length(total_lengths(batch), args.micro_batch_size):
         rows = rows.to(device, non_blocking=True)
         part = select(batch, rows)
         mask = part["mask"]
-        R = mask.shape[1]
-        inputs = (part["input_ids"], part["prompt_lengths"], R)
+        R = mask.shape[1]  # The longest response of these rows.
         with autocast(args, device):
-            old = actor_critic(*inputs)
-            ref_logprobs = reference(*inputs)["logprobs"]
-            scored["logprobs"][rows, :R] = torch.where(mask, old["logprobs"], 0.0)
-            scored["values"][rows, :R] = torch.where(mask, old["values"], 0.0)
-            scored["ref_logprobs"][rows, :R] = torch.where(mask, ref_logprobs, 0.0)
+            old = actor_critic(part["input_ids"], part["prompt_lengths"], R)
+            ref = reference(part["input_ids"], part["prompt_lengths"], R)
             if reward_model is not None:
-                lengths = part["prompt_lengths"] + mask.sum(1)
-                columns = torch.arange(part["input_ids"].shape[1], device=device)
-                is_real = columns < lengths[:, None]
-                raw_scores = last_token_scores(reward_model, part["input_ids"], is_real)
-                scored["raw_scores"][rows] = raw_scores
-    return scored
+                raw_scores[rows] = last_token_scores(
+                    reward_model, part["input_ids"], part["is_real"]
+                )
+        logprobs[rows, :R] = torch.where(mask, old["logprobs"], 0.0)
+        values[rows, :R] = torch.where(mask, old["values"], 0.0)
+        ref_logprobs[rows, :R] = torch.where(mask, ref["logprobs"], 0.0)
+    return {
+        "logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+        "values": values,
+        "raw_scores": raw_scores,
+    }
 
 
 def final_scores(raw_scores, has_eos, moments, args):
-    """The scores (B,) that are paid: normalised, then clipped, then replaced where the end is
-    missing.
+    """The scores (B,) that are paid: normalised, clipped, and replaced where no EOS ends a
+    response.
 
     Scores that are going to be replaced do not enter the running moments.
     """
-    replaces = args.missing_eos_score != "none"
-    keeps_own = has_eos if replaces else torch.ones_like(has_eos)
+    keeps_score = has_eos
+    if args.missing_eos_score == "none":
+        keeps_score = torch.ones_like(has_eos)
     scores = raw_scores
     if args.normalize_scores:
-        moments.update(scores, keeps_own)
+        moments.update(scores, keeps_score)
         scores = moments.normalise(scores)
     if args.cliprange_score is not None:
         scores = scores.clamp(-args.cliprange_score, args.cliprange_score)
-    if replaces:
-        scores = torch.where(keeps_own, scores, args.missing_eos_score)
+    if args.missing_eos_score != "none":
+        scores = torch.where(keeps_score, scores, args.missing_eos_score)
     return scores
 
 
@@ -768,9 +774,12 @@ def load_models(args, tokenizer, num_positions, device):
         kind = AutoModelForSequenceClassification
         critic, _ = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
+        # The same weights, also where --model is only a config and both were random.
         critic.base_model.load_state_dict(policy.base_model.state_dict())
     else:
         critic = copy.deepcopy(reward_model)
+    if reward_model is not None:
+        reward_model.requires_grad_(False)
 
     eos = all_eos_ids(policy, tokenizer)
     for model in (policy, critic, reward_model):
@@ -860,13 +869,13 @@ def main(args):
 
     for update in progress(done, num_updates, ranks, "ppo_rlhf"):
         # 1. Rollout: sample a response to each prompt.
-        started = clock(device)
+        watch = Stopwatch(device)
         copy_weights(policy, sampler)
         batch_prompts, uniforms = next_prompts(prompts, update, args, ranks)
         batch = rollout(sampler, batch_prompts, uniforms, P, tokenizer.eos_token_id, **sampling)
+        watch.lap("time/rollout")
 
         # 2. Score: log-probabilities, values and the score that each response is paid.
-        sampled = clock(device)
         batch |= score(batch, actor_critic, reference, reward_model, args)
         rows = [row for _, row in batch_prompts]
         texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
@@ -874,25 +883,26 @@ def main(args):
             batch["raw_scores"] = call_reward_fn(reward_fn, rows, texts, device)
         batch["scores"] = final_scores(batch["raw_scores"], batch["has_eos"], moments, args)
 
+        watch.lap("time/score")
+
         # 3. Advantages.
         kl_coef = controller.kl_coef
         batch |= ppo_targets(batch, kl_coef, args)
 
         # 4. Update.
-        scored = clock(device)
         lr = args.lr * (1 - (update - 1) / num_updates)
         optimizer.param_groups[0]["lr"] = lr
         metrics = optimize(train_model, optimizer, batch, ppo_loss, update, args, ranks)
+        watch.lap("time/update")
 
         # Log, adapt the price of the KL, save.
-        updated = clock(device)
         more = {}
         if monitor_fn is not None:
             name = f"monitor/{monitor_fn.__name__}"
             more[name] = call_reward_fn(monitor_fn, rows, texts, device)
         metrics |= rollout_metrics(batch, kl_coef, more)
-        metrics |= {"time/rollout": sampled - started, "time/score": scored - sampled}
-        metrics |= {"time/update": updated - scored, "eps": args.batch_size / (updated - started)}
+        metrics |= watch.laps
+        metrics["eps"] = args.batch_size / sum(watch.laps.values())
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
         run.log(update, metrics, [*shown, *more])
         if update % 10 == 0 or update in (1, num_updates):

@@ -100,10 +100,23 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
-def clock(device):
-    """Seconds, after the device has finished what it was given."""
-    torch.get_device_module(device).synchronize(device)
-    return time.perf_counter()
+class Stopwatch:
+    """Seconds between laps, each taken after the device has finished what it was given."""
+
+    def __init__(self, device):
+        self.device = device
+        self.laps = {}
+        self.last = self.now()
+
+    def now(self):
+        torch.get_device_module(self.device).synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, name):
+        """Keep the seconds since the last lap, or the start, under a name."""
+        now = self.now()
+        self.laps[name] = now - self.last
+        self.last = now
 
 
 def check_divides(divisor, number, what):
@@ -706,22 +719,24 @@ def prompt_order(num_prompts, first, count, seed):
 
 
 def select(batch, rows):
-    """Some rows of every tensor, cut after their longest sequence and their longest response."""
+    """Some rows of every tensor, cut after their longest sequence and their longest response.
+
+    input_ids and is_real are (B,T), prompt and response; every other 2-d tensor is (B,R), by
+    response token, of which `mask` says which are real.
+    """
     part = {name: x[rows] for name, x in batch.items()}
-    response_lengths = part["mask"].sum(1)
-    R = response_lengths.max().item()
-    T = (part["prompt_lengths"] + response_lengths).max().item()
+    T = part["is_real"].sum(1).max().item()
+    R = part["mask"].sum(1).max().item()
     for name, x in part.items():
-        if name == "input_ids":
-            part[name] = x[:, :T]
-        elif x.ndim == 2:
-            part[name] = x[:, :R]
+        if x.ndim == 2:
+            length = T if name in ("input_ids", "is_real") else R
+            part[name] = x[:, :length]
     return part
 
 
 def total_lengths(batch):
     """Tokens of prompt and response of each row, (B,), on the CPU."""
-    return (batch["prompt_lengths"] + batch["mask"].sum(1)).cpu()
+    return batch["is_real"].sum(1).cpu()
 
 
 def left_pad(sequences, length, pad_id, device):

@@ -1,12 +1,14 @@
 """Tiny models built offline, the scripts as subprocesses, and a function on two connected ranks.
 
-Every folder here is what a stage of the pipeline would hand to the next: config, weights and tokenizer. The models are
-random but not small in their numbers (initial std 0.2), so that a wrong position or mask moves an output visibly.
+Every folder here is what a stage of the pipeline would hand to the next: config, weights and
+tokenizer. The models are random but not small in their numbers (initial std 0.2), so that a wrong
+position or mask moves an output visibly.
 """
 
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")  # read at import
+# These are read when the libraries are imported.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import contextlib
 import datetime
@@ -30,15 +32,20 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -48,30 +55,17 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--compiled", action="store_true", help="test_ppo_runs.py, test_ppo_options.py: compile each run")
-    parser.addoption("--compile_once", action="store_true", help="the same, of those that can share one compilation")
-
-
-def pytest_collection_modifyitems(config, items):
-    """With --compile_once: only tests with runs of the usual model, in fp32 and in this process."""
-    if config.getoption("--compile_once"):
-        apart = {"on_two_ranks", "run_script", "compiled", "llama_folder", "llama_rm_folder"}
-        chosen = [x for x in items if "settings" in x.fixturenames and not apart & {*x.fixturenames}]
-        others = "llama|bf16|share_a_graph|static_cache_confuses|no_token_has"
-        chosen = [x for x in chosen if not re.search(others, x.name)]
-        chosen.sort(key=lambda x: bool(re.search("refused|messages", x.name)))  # other models: they end what is shared
-        config.hook.pytest_deselected(items=[x for x in items if x not in chosen])
-        items[:] = chosen
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer and models
 
 
 def build_tokenizer(pad_token="<pad>"):
-    """One token a character: '<pad>', '|' (both BOS and EOS, added by nobody but the scripts), a-z, space, U, A."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "|", *string.ascii_lowercase, " ", "U", "A"])}
+    """One token a character: the pad, '|' (both BOS and EOS), a-z, space, U, A.
+
+    It adds no BOS and no EOS of its own.
+    """
+    tokens = ["<pad>", "|", *string.ascii_lowercase, " ", "U", "A"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
@@ -85,7 +79,10 @@ def build_tokenizer(pad_token="<pad>"):
 
 
 def build_config(kind, tokenizer, **options):
-    """A tiny GPT-2 (absolute positions) or Llama (rotary positions, two queries a key) with a config's usual dropout."""
+    """A tiny GPT-2 (absolute positions) or Llama (rotary positions, two queries a key).
+
+    Both ask for dropout, as many models do.
+    """
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -95,23 +92,50 @@ def build_config(kind, tokenizer, **options):
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **options}
         return GPT2Config(initializer_range=0.2, **sizes, **ids)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **options}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attention_dropout": 0.1,
+        **options,
+    }
     return LlamaConfig(initializer_range=0.2, **sizes, **ids)
 
 
 SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.2}
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = {**WIDE, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-FAMILIES = [  # and how their last layer has its MLP: as a module alone, as one that adds the residual, as no module
-    (GPT2Config(n_embd=16, n_layer=2, n_head=2, **SMALL), "alone"),
-    (LlamaConfig(**GROUPED, **SMALL), "alone"),
-    (Gemma2Config(**GROUPED, **SMALL), "alone"),  # a norm behind the MLP
-    (FalconConfig(**WIDE, **SMALL), "alone"),  # attention and MLP side by side, added in place
-    (Qwen3MoeConfig(**GROUPED, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **SMALL), "alone"),
-    (GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, **SMALL), "alone"),  # its output is a tuple
-    (BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL), "residual"),
-    (OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL), None),
+GROUPED = {
+    **WIDE,
+    "intermediate_size": 32,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts_per_tok": 2, **GROUPED}
+# The families that the layout of sequences and the decoding are tested on, as configs of models of
+# two layers. A sliding window is 4 tokens, shorter than every row that a test would call long.
+FAMILIES = [
+    GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SMALL),
+    LlamaConfig(**GROUPED, **SMALL),
+    OPTConfig(**WIDE, ffn_dim=32, word_embed_proj_dim=16, **SMALL),
+    Qwen3Config(**GROUPED, **SMALL),
+    MistralConfig(**GROUPED, sliding_window=4, **SMALL),
+    Gemma2Config(**GROUPED, sliding_window=4, final_logit_softcapping=2.0, **SMALL),
+    Gemma3TextConfig(
+        **GROUPED,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        **SMALL,
+    ),
+    GPTNeoXConfig(**WIDE, intermediate_size=32, max_position_embeddings=64, **SMALL),
+    BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL),
+    PhiConfig(**WIDE, intermediate_size=32, max_position_embeddings=64, **SMALL),
+    FalconConfig(**WIDE, **SMALL),
+    Qwen3MoeConfig(**EXPERTS, moe_intermediate_size=8, num_experts=4, **SMALL),
+    GptOssConfig(**EXPERTS, num_local_experts=4, sliding_window=4, **SMALL),
 ]
 
 CLASSES = {
@@ -133,7 +157,9 @@ def build_folder(folder, kind, stage, tokenizer, seed, **options):
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
     """Tables that the data set library caches go to a temporary folder, here and in every child process."""
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))  # read when the library is imported
+    os.environ["HF_DATASETS_CACHE"] = str(
+        tmp_path_factory.mktemp("datasets")
+    )  # read when the library is imported
 
 
 @pytest.fixture(scope="session")
@@ -151,13 +177,17 @@ def gpt2_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory, tokenizer):
     """A tiny Llama with weights: rotary positions, grouped queries, untied head, a float `attention_dropout` of 0.1."""
-    return build_folder(tmp_path_factory.mktemp("models") / "llama", "llama", "lm", tokenizer, seed=2)
+    return build_folder(
+        tmp_path_factory.mktemp("models") / "llama", "llama", "lm", tokenizer, seed=2
+    )
 
 
 @pytest.fixture(scope="session")
 def gpt2_rm_folder(tmp_path_factory, tokenizer):
     """A tiny GPT-2 reward model (num_labels=1) whose config says nothing about `score_mean`."""
-    return build_folder(tmp_path_factory.mktemp("models") / "gpt2_rm", "gpt2", "rm", tokenizer, seed=3, num_labels=1)
+    return build_folder(
+        tmp_path_factory.mktemp("models") / "gpt2_rm", "gpt2", "rm", tokenizer, seed=3, num_labels=1
+    )
 
 
 @pytest.fixture(scope="session")
@@ -180,11 +210,23 @@ def run_script():
     """
 
     def run(script, args=(), nproc=1, cwd=ROOT, timeout=240, **environment):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+            if nproc > 1
+            else []
+        )
         command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         return subprocess.run(
-            command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=cwd,
+            env=inherited | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run
@@ -221,27 +263,36 @@ class RecordingSGD(torch.optim.SGD):
 def gradients_of(rank, script, options):
     """`main` of a script as it is, on two connected ranks or (rank None) alone.
 
-    Returns (gradients of each step and parameter before clipping, rows of each step on this rank). The options should
+    Returns (gradients of each step and parameter before clipping, batches). batches has one entry
+    for each time that the rank's share of some rows was asked for (a step, or an evaluation): the
+    rows that then went to `batch_loss`, where the script has such a function. The options should
     set max_grad_norm to 0, because clipping happens before the optimizer looks.
     """
     module = importlib.import_module(script)
-    optimizers, batches = [], []
+    optimizers = []
+    batches = []
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
+    split_by_length = module.split_by_length
+    batch_loss = getattr(module, "batch_loss", None)
 
-    def optimizer(*args, **kwargs):
+    def recorded_optimizer(*args, **kwargs):
         optimizers.append(RecordingSGD(*args, **kwargs))
         return optimizers[-1]
 
-    def micro_batches(*args):
-        parts = original(*args)
-        batches.append([row for part in parts for row in part])
-        return parts
+    def recorded_split(*args):
+        batches.append([])
+        return split_by_length(*args)
 
-    original = module.micro_batches
+    def recorded_loss(model, rows, *args, **kwargs):
+        batches[-1].extend(rows)
+        return batch_loss(model, rows, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "init_ranks", lambda: ranks)
-        patch.setattr(module, "micro_batches", micro_batches)
-        patch.setattr(torch.optim, "AdamW", optimizer)
+        patch.setattr(module, "init_ranks", lambda timeout_minutes: ranks)
+        patch.setattr(module, "split_by_length", recorded_split)
+        if batch_loss is not None:
+            patch.setattr(module, "batch_loss", recorded_loss)
+        patch.setattr(torch.optim, "AdamW", recorded_optimizer)
         module.main(module.Args(**options))
     return optimizers[0].history, batches
 
@@ -256,7 +307,10 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
     for step, other_step in zip(ours, theirs, strict=True):
         everything = np.sqrt(sum(np.sum(gradient**2) for gradient in other_step))
         for gradient, other in zip(step, other_step, strict=True):
-            assert np.linalg.norm(gradient - other) <= tolerance * np.linalg.norm(other) + 1e-7 * everything
+            assert (
+                np.linalg.norm(gradient - other)
+                <= tolerance * np.linalg.norm(other) + 1e-7 * everything
+            )
 
 
 def refuses(capsys, script, options, match):
@@ -317,7 +371,9 @@ class TwoRanks:
         context.set_forkserver_preload(PRELOAD)
         self.jobs, self.results = [context.SimpleQueue() for _ in range(2)], context.Queue()
         self.workers = [
-            context.Process(target=serve, args=(rank, port, self.jobs[rank], self.results), daemon=True)
+            context.Process(
+                target=serve, args=(rank, port, self.jobs[rank], self.results), daemon=True
+            )
             for rank in (0, 1)
         ]
         for worker in self.workers:
@@ -341,7 +397,9 @@ class TwoRanks:
                 rank, result, error = self.results.get(timeout=self.timeout)
             except queue.Empty:
                 self.stop()
-                pytest.fail(f"no answer after {self.timeout} s; ranks that answered: {sorted(answers)}")
+                pytest.fail(
+                    f"no answer after {self.timeout} s; ranks that answered: {sorted(answers)}"
+                )
             if error:
                 self.stop()
                 pytest.fail(f"on rank {rank}:\n{error}")
@@ -350,13 +408,13 @@ class TwoRanks:
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(pytestconfig):
+def on_two_ranks():
     """`on_two_ranks(function, *args)`: [function(0, *args), function(1, *args)], run in two connected processes.
 
     The function must be a module's own (it is found by name), its arguments and results plain data or numpy arrays
     (a tensor would travel through shared memory that its sender may close). A whole `main(args)` runs there too: the
     scripts join the process group they find.
     """
-    ranks = TwoRanks(600 if pytestconfig.getoption("--compiled") else 120)  # compiling takes time
+    ranks = TwoRanks(timeout=120)
     yield ranks
     ranks.stop()
