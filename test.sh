@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
-# Every test, from a machine with nothing but Python 3.11: makes .venv if no environment is active, installs, runs.
+# The tests, from a machine with nothing but Python 3.11: makes .venv if no environment is active,
+# installs, runs.
+#   bash test.sh --fast   formulas, the house and data: after every edit
+#   bash test.sh          everything but what takes long: before every commit
+#   bash test.sh --slow   all of it: model families, all planted bugs, kills
+# What follows goes to pytest: bash test.sh --slow tests/test_layout.py -x
 set -euo pipefail
 cd "$(dirname "$0")"
+chosen="not slow"
+case "${1:-}" in
+    --fast) chosen="fast"; shift ;;
+    --slow) chosen="fast or not fast"; shift ;;
+esac
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
@@ -14,4 +24,5 @@ if [ ! -e "$installed" ]; then
 fi
 ruff check .
 ruff format --check .
-python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"  # two processes
+# In two processes, each of which runs whole files, in their order.
+python -m pytest -q -m "$chosen" --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -105,7 +105,9 @@ def build_config(kind, tokenizer, **options):
     return LlamaConfig(initializer_range=0.2, **sizes, **ids)
 
 
-SMALL = {"vocab_size": 32, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.2}
+IDS = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+SMALL = {"num_labels": 1, "initializer_range": 0.2, **IDS}
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {
     **WIDE,
@@ -135,7 +137,7 @@ FAMILIES = [
     PhiConfig(**WIDE, intermediate_size=32, max_position_embeddings=64, **SMALL),
     FalconConfig(**WIDE, **SMALL),
     Qwen3MoeConfig(**EXPERTS, moe_intermediate_size=8, num_experts=4, **SMALL),
-    GptOssConfig(**EXPERTS, num_local_experts=4, sliding_window=4, **SMALL),
+    GptOssConfig(**EXPERTS, num_local_experts=4, sliding_window=4, **ROTARY, **SMALL),
 ]
 
 CLASSES = {
@@ -156,10 +158,11 @@ def build_folder(folder, kind, stage, tokenizer, seed, **options):
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
-    """Tables that the data set library caches go to a temporary folder, here and in every child process."""
-    os.environ["HF_DATASETS_CACHE"] = str(
-        tmp_path_factory.mktemp("datasets")
-    )  # read when the library is imported
+    """The data set library keeps its tables in a temporary folder, also in every child process.
+
+    A child reads the variable when it imports the library.
+    """
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session")
@@ -170,55 +173,52 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory, tokenizer):
-    """A tiny GPT-2 language model with weights; its config asks for dropout 0.1 in all three places."""
-    return build_folder(tmp_path_factory.mktemp("models") / "gpt2", "gpt2", "lm", tokenizer, seed=1)
+    """A tiny GPT-2 language model with weights; its config asks for dropout in all three places."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    return build_folder(folder, "gpt2", "lm", tokenizer, seed=1)
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory, tokenizer):
-    """A tiny Llama with weights: rotary positions, grouped queries, untied head, a float `attention_dropout` of 0.1."""
-    return build_folder(
-        tmp_path_factory.mktemp("models") / "llama", "llama", "lm", tokenizer, seed=2
-    )
+    """A tiny Llama with weights: rotary positions, grouped queries, an untied head, dropout."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return build_folder(folder, "llama", "lm", tokenizer, seed=2)
 
 
 @pytest.fixture(scope="session")
 def gpt2_rm_folder(tmp_path_factory, tokenizer):
     """A tiny GPT-2 reward model (num_labels=1) whose config says nothing about `score_mean`."""
-    return build_folder(
-        tmp_path_factory.mktemp("models") / "gpt2_rm", "gpt2", "rm", tokenizer, seed=3, num_labels=1
-    )
+    folder = tmp_path_factory.mktemp("models") / "gpt2_rm"
+    return build_folder(folder, "gpt2", "rm", tokenizer, seed=3, num_labels=1)
 
 
 @pytest.fixture(scope="session")
 def llama_rm_folder(tmp_path_factory, tokenizer):
-    """A tiny Llama reward model (num_labels=1) that is centred: its config holds score_mean = 0.75."""
+    """A tiny Llama reward model (num_labels=1) that is centred: its config's score_mean is 0.75."""
     folder = tmp_path_factory.mktemp("models") / "llama_rm"
     return build_folder(folder, "llama", "rm", tokenizer, seed=4, num_labels=1, score_mean=0.75)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scripts as a user runs them
 
 
 @pytest.fixture(scope="session")
 def run_script():
-    """`run_script("sft.py", ["--seed", 3], nproc=2)`: the completed process, text in .stdout and .stderr.
+    """`run_script("sft.py", ["--seed", 3], nproc=2)`: the process, its output as text.
 
-    nproc=1 is `python script`, more is torchrun on this machine. The working directory is the repository unless `cwd`
-    says otherwise; keyword arguments beyond that are environment variables. A start costs seconds: use it sparingly.
+    nproc=1 is `python script`, more is torchrun on this machine. The working directory is the
+    repository unless `cwd` says otherwise; further keyword arguments are environment variables. A
+    start costs seconds: use it sparingly.
     """
 
     def run(script, args=(), nproc=1, cwd=ROOT, timeout=240, **environment):
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-            if nproc > 1
-            else []
-        )
+        launcher = []
+        if nproc > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        set_by_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        inherited = {name: x for name, x in os.environ.items() if name not in set_by_torchrun}
         return subprocess.run(
             command,
             cwd=cwd,
@@ -232,7 +232,7 @@ def run_script():
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scripts inside this process
 
 
@@ -243,11 +243,15 @@ def write_jsonl(path, rows):
 
 
 def read_jsonl(path):
+    """The rows of a file of JSON lines."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 class RecordingSGD(torch.optim.SGD):
-    """Plain gradient steps in the place of AdamW, whose first step would hide the size of a gradient; keeps them all."""
+    """Plain gradient steps instead of AdamW, and a history of all gradients.
+
+    The first step of AdamW would hide how large a gradient is.
+    """
 
     def __init__(self, parameters, lr, **options):
         super().__init__(parameters, lr=lr)
@@ -300,21 +304,19 @@ def gradients_of(rank, script, options):
 def assert_same_gradients(ours, theirs, tolerance=1e-5):
     """Step by step and tensor by tensor, relative to the tensor's norm.
 
-    Some tensors have the gradient 0 (a bias that adds the same to both sides of a pair), which rounding makes a little
-    more: hence the allowance of 1e-7 of the norm of all tensors together.
+    Some tensors have the gradient 0 (a bias that adds the same to both sides of a pair), which
+    rounding makes a little more: hence the allowance of 1e-7 of the norm of all tensors together.
     """
     assert len(ours) == len(theirs)
     for step, other_step in zip(ours, theirs, strict=True):
         everything = np.sqrt(sum(np.sum(gradient**2) for gradient in other_step))
         for gradient, other in zip(step, other_step, strict=True):
-            assert (
-                np.linalg.norm(gradient - other)
-                <= tolerance * np.linalg.norm(other) + 1e-7 * everything
-            )
+            allowance = tolerance * np.linalg.norm(other) + 1e-7 * everything
+            assert np.linalg.norm(gradient - other) <= allowance
 
 
 def refuses(capsys, script, options, match):
-    """The script ends in exit code 1 and one line on stderr that matches; a new run folder is not there."""
+    """The script exits with 1, one line on stderr that matches, and no new run folder."""
     module = importlib.import_module(script)
     args = module.Args(**options)
     existed = args.output_dir and Path(args.output_dir).exists()
@@ -327,11 +329,12 @@ def refuses(capsys, script, options, match):
     assert existed or not args.output_dir or not Path(args.output_dir).exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A function on two ranks
 
 
-# What the process that forks the others imports, once: libraries alone, because Python 3.11 does not hand it sys.path.
+# What the process that forks the others imports, once: libraries alone, because Python 3.11 does
+# not hand it sys.path.
 PRELOAD = ["pytest", "tyro", "datasets"]
 PRELOAD += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "llama", "auto")]
 
@@ -351,17 +354,18 @@ def serve(rank, port, jobs, results):
             ):
                 result = function(rank, *args)
             results.put((rank, result, None))
-        except BaseException:  # SystemExit too
+        except BaseException:  # Also SystemExit.
             results.put((rank, None, traceback.format_exc()))
             raise
     dist.destroy_process_group()
 
 
 class TwoRanks:
-    """Two processes in one gloo group, started at the first job and started again after a failed one."""
+    """Two processes in one gloo group, started at the first job and again after a failed one."""
 
     def __init__(self, timeout):
-        self.workers, self.timeout = None, timeout
+        self.workers = None
+        self.timeout = timeout
 
     def start(self):
         with socket.socket() as free:
@@ -369,7 +373,8 @@ class TwoRanks:
             port = free.getsockname()[1]
         context = torch.multiprocessing.get_context("forkserver")  # imports once, forks twice
         context.set_forkserver_preload(PRELOAD)
-        self.jobs, self.results = [context.SimpleQueue() for _ in range(2)], context.Queue()
+        self.jobs = [context.SimpleQueue() for _ in range(2)]
+        self.results = context.Queue()
         self.workers = [
             context.Process(
                 target=serve, args=(rank, port, self.jobs[rank], self.results), daemon=True
@@ -397,9 +402,8 @@ class TwoRanks:
                 rank, result, error = self.results.get(timeout=self.timeout)
             except queue.Empty:
                 self.stop()
-                pytest.fail(
-                    f"no answer after {self.timeout} s; ranks that answered: {sorted(answers)}"
-                )
+                answered = f"ranks that answered: {sorted(answers)}"
+                pytest.fail(f"no answer after {self.timeout} s; {answered}")
             if error:
                 self.stop()
                 pytest.fail(f"on rank {rank}:\n{error}")
@@ -409,11 +413,12 @@ class TwoRanks:
 
 @pytest.fixture(scope="session")
 def on_two_ranks():
-    """`on_two_ranks(function, *args)`: [function(0, *args), function(1, *args)], run in two connected processes.
+    """`on_two_ranks(function, *args)`: [function(0, *args), function(1, *args)].
 
-    The function must be a module's own (it is found by name), its arguments and results plain data or numpy arrays
-    (a tensor would travel through shared memory that its sender may close). A whole `main(args)` runs there too: the
-    scripts join the process group they find.
+    The two run in processes that are connected. The function must be a module's own (it is found by
+    name), its arguments and results plain data or numpy arrays (a tensor would travel through
+    shared memory that its sender may close). A whole `main(args)` runs there too: the scripts join
+    the process group that they find.
     """
     ranks = TwoRanks(timeout=120)
     yield ranks
