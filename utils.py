@@ -602,15 +602,17 @@ def check_decoding(model, length, path):
     row = torch.arange(1, length + 1, device=model.device)[None] % model.config.vocab_size
     hidden = model.base_model(row, use_cache=False).last_hidden_state
     expected = model(row, use_cache=False).logits[:, -1]
-    # Three tokens of padding, then all of the row but its last token, then that token alone.
-    cache = static_cache(model.config, length + 3)
-    mask = torch.ones(1, length + 3, dtype=torch.long, device=model.device)
-    mask[:, :3] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # Three tokens of padding, then all of the row but its last token, then that token alone. Three
+    # slots stay empty, as most do while decoding: some layers look back from the end of the cache.
+    end = length + 3
+    cache = static_cache(model.config, end + 3)
+    mask = torch.zeros(1, end + 3, dtype=torch.long, device=model.device)
+    mask[:, 3:end] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :end]
     padded = F.pad(row, (3, 0))
     options = {"past_key_values": cache, "use_cache": True}
     prompt_mask = mask.clone()
-    prompt_mask[:, -1] = 0
+    prompt_mask[:, end - 1] = 0
     model(padded[:, :-1], attention_mask=prompt_mask, position_ids=positions[:, :-1], **options)
     output = model(padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **options)
     tolerance = 1e-3 * expected.abs().max().clamp(min=1)
