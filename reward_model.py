@@ -19,8 +19,8 @@ Eight GPUs:     torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft/
 
 Shapes: B pairs in a micro-batch, 2B sequences (the chosen first), T tokens, d hidden width.
 
-Sequences are padded on the right with more EOS tokens. Causal attention never looks ahead, so the
-real tokens cannot see the padding: there is no attention mask, and positions count from 0.
+Sequences are padded on the right. Causal attention never looks ahead, so the real tokens cannot see
+the padding, whatever it holds: there is no attention mask, and positions count from 0.
 
 Rules that you might not expect:
     - The score is read at the last real token, found by the row's length and never by its ids.

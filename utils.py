@@ -760,11 +760,13 @@ def to_device(batch, device):
 
 
 def pack_rows(input_ids, mask):
-    """Move the real tokens of every row to the left, in their order, and the padding after them.
+    """Move the real tokens of every row to the left, in their order; id 0 stands after them.
 
     input_ids (B,T); mask (B,T): True for real tokens. Returns (packed input_ids (B,T), lengths
     (B,)).
     """
+    # What stands outside the mask may be no id at all, such as -100.
+    input_ids = torch.where(mask.bool(), input_ids, 0)
     order = mask.long().argsort(dim=1, descending=True, stable=True)
     return input_ids.gather(1, order), mask.long().sum(1)
 
