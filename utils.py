@@ -283,7 +283,10 @@ def hold_out(rows, seed):
     order = torch.randperm(len(rows), generator=seeded(seed, "held out")).tolist()
     held_out = [rows[i] for i in order[: len(rows) // 20]]
     copies = {repr(row) for row in held_out}
-    return [row for row in rows if repr(row) not in copies], held_out
+    kept = [row for row in rows if repr(row) not in copies]
+    if not kept:
+        raise UserError("--dataset: every row is a copy of one that is held out; name --eval_dataset")
+    return kept, held_out
 
 
 def load_function(spec, flag):
