@@ -285,7 +285,7 @@ def hold_out(rows, seed):
     copies = {repr(row) for row in held_out}
     kept = [row for row in rows if repr(row) not in copies]
     if not kept:
-        raise UserError("--dataset: every row is a copy of one that is held out; name --eval_dataset")
+        raise UserError("--dataset: every row is a copy of a held-out row; name --eval_dataset")
     return kept, held_out
 
 
