@@ -199,7 +199,7 @@ def load_data(args, tokenizer):
     return hold_out(rows, args.seed)
 
 
-def load_demonstrations(args, tokenizer):
+def encode_demonstrations(args, tokenizer):
     """Token ids of the demonstrations that fit; none where there is no file of them."""
     beside = Path(args.dataset).with_name("demonstrations.jsonl")
     if args.demonstrations is None and beside.is_file():
@@ -295,7 +295,7 @@ def main(args):
     args.model = args.model or newest_run("sft", args.dataset)
     tokenizer = load_tokenizer(args.model)
     rows, eval_rows = load_data(args, tokenizer)
-    demonstrations = load_demonstrations(args, tokenizer)
+    demonstrations = encode_demonstrations(args, tokenizer)
 
     ranks = init_ranks(args.timeout_minutes)
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
