@@ -746,17 +746,14 @@ def choose_models(args):
         args.reward_model = newest_run("reward_model", args.dataset)
 
 
-def load_reward_functions(args, prompts):
-    """(reward_fn, monitor_fn) or None; each is called once, so that mistakes show early."""
-    functions = []
-    for flag in ("reward_fn", "monitor_fn"):
-        spec = getattr(args, flag)
-        function = load_function(spec, f"--{flag}") if spec else None
-        if function is not None:
-            rows = [row for _, row in prompts[:2]]
-            call_reward_fn(function, rows, [""] * len(rows), "cpu")
-        functions.append(function)
-    return functions
+def load_reward_function(spec, flag, prompts):
+    """The function that a flag names, called once so that mistakes show early; none without one."""
+    if spec is None:
+        return None
+    function = load_function(spec, flag)
+    rows = [row for _, row in prompts[:2]]
+    call_reward_fn(function, rows, [""] * len(rows), "cpu")
+    return function
 
 
 def load_models(args, tokenizer, num_positions, device):
@@ -827,7 +824,8 @@ def main(args):
     if args.reward_model:
         check_same_tokenizer(args.reward_model, tokenizer, args.model)
     prompts = load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
-    reward_fn, monitor_fn = load_reward_functions(args, prompts)
+    reward_fn = load_reward_function(args.reward_fn, "--reward_fn", prompts)
+    monitor_fn = load_reward_function(args.monitor_fn, "--monitor_fn", prompts)
     P = max(len(ids) for ids, _ in prompts)
 
     ranks = init_ranks(args.timeout_minutes)
