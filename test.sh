@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 chosen="not slow"
 case "${1:-}" in
-    --fast) chosen="fast"; shift ;;
-    --slow) chosen="fast or not fast"; shift ;;
+    --fast) chosen="fast and not slow"; shift ;;
+    --slow) chosen=""; shift ;;
 esac
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
