@@ -1,65 +1,86 @@
-"""ILQL, implicit language Q-learning: offline RL from rated text, without sampling any.
+r"""ILQL, implicit language Q-learning: offline RL from rated text, without sampling any.
 
-Snell et al. 2022, "Offline RL for natural language generation with implicit language Q-learning",
-on IQL: Kostrikov et al. 2021, "Offline reinforcement learning with implicit Q-learning".
+Snell et al. 2022, "Offline RL for natural language generation with implicit language Q-learning";
+Kostrikov et al. 2021, "Offline reinforcement learning with implicit Q-learning" (IQL).
 
 Each step:
     1. batch    rows of (prompt, completion, reward) or rated dialogues; each token that the agent
                 says is an action
-    2. loss     one transformer; its LM head is the behaviour policy pi_beta, and small networks on
-                its last hidden state are V, two Qs, and a slow copy of each Q, its target.
-                Per action, summed, and divided by the number of actions on all ranks:
-                q       (r + gamma * V(next state) - Q)^2, where V after the last action is 0
-                v       expectile regression of V on the smaller target Q: with tau near 1, V is
-                        nearly the best target Q among the actions that the data holds
+    2. loss     one language model is the behaviour policy pi_beta; small networks on its last
+                hidden state are the value function, two Q functions, and a target for each Q, which
+                is a slow copy of it. For each action:
+                q       (reward + gamma * value of the next state - Q)^2
+                v       expectile regression of the value on the smaller target Q: with tau near 1,
+                        the value is nearly the best target Q among the actions in the data
                 cql     cross-entropy of softmax(Q) at the action, which keeps Q low elsewhere
-                awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
+                awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - value))
                 total   q + v + cql_weight * cql + awac_weight * awac
-    3. update   AdamW, with a learning rate that decays linearly to 0;
-                then target = alpha * online + (1 - alpha) * target
-    evaluate    sample from softmax(log pi_beta + beta * (smaller target Q - V)), token by token, at
-                each beta of --eval_betas. This is the policy; pi_beta is what it is at beta 0
+                All are sums over actions, divided by the number of actions on all ranks.
+    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
+                in the last. Then target = alpha * online + (1 - alpha) * target
+    evaluate    sample token by token from softmax(log pi_beta + steering * (target Q - value)),
+                once for each steering strength of --eval_betas. At strength 0 this is pi_beta
+                itself
 
 One process:    python ilql_rlhf.py
-Eight GPUs:     torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model \\
-                    --dataset my_rated.jsonl
+Eight GPUs:     torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model \
+                    --dataset my_rated.jsonl --batch_size 64 --lr 1e-4
 
-Shapes: B rows in a micro-batch, T tokens, A actions, V vocabulary, d width. The vocabulary's V is
-always a size in a shape; the value function is written `vs`.
+Shapes: B rows in a micro-batch, T tokens, A actions, V vocabulary, d width.
+
+Names: `policy` is the language model pi_beta. `vs` are values; in shapes, V is the vocabulary. The
+flag --beta is the exponent of AWAC's weight; the `beta` of `steer` is the steering strength of
+--eval_betas. The two have nothing to do with each other.
 
 How a row becomes states and actions. State i is the text up to and including token i, and its
-action is token i + 1. Eight tokens of a dialogue, "|" is EOS, the agent says "x|" and then "y|":
+action is token i + 1. Eight tokens of a dialogue, where "|" is EOS and the agent says "x|" and then
+"y|":
 
-    token index       0     1     2     3     4     5     6     7
-    token             u     :     x     |     v     :     y     |
-    said by           user  user  agent agent user  user  agent agent
+    token index     0     1     2     3     4     5     6     7
+    token           u     :     x     |     v     :     y     |
+    said by         user  user  agent agent user  user  agent agent
 
-    states            1     2     5     6         state 1 is "u:", state 5 is "u:x|v:"
-    actions           x     |     y     |         the tokens 2, 3, 6, 7
-    rewards           0     r1    0     r2        a turn is paid at its last token
-    next state        2     5     6     none      after a turn, the next state in which the agent
-    acts terminal          F     F     F     T         True: there is no next state, its V is 0
+    states          1     2     5     6
+    actions         x     |     y     |
+    rewards         0     r1    0     r2
+    next states     2     5     6     none
+    terminal        False False False True
 
-Column j of a (B,A) tensor is a row's action j. With one reward for the whole dialogue r1 is 0. What
-the user says, and what the chat template writes, is never an action.
+State 1 is "u:" and state 5 is "u:x|v:". A turn's reward is paid for its last token; if there is
+only one reward for the dialogue, r1 is 0. After a turn, the next state is the one in which the
+agent acts next; what the user says is skipped. After the last action there is none, and its value
+counts as 0. Column j of a (B,A) tensor is a row's action j; input_ids end before the last action.
 
 Rules that you might not expect:
-    - Both Qs are trained, and their q and cql losses are added. Where one Q is needed (V's target,
-      AWAC's weight, decoding), it is the smaller of the two targets.
-    - No gradient flows into targets, into V inside the q loss, or into AWAC's weight, which is not
-      clipped. The gradients of q, v and cql do reach the transformer.
-    - The last layers of V and Q start at 0, so nothing random is bootstrapped or steers at first.
-    - The paper trains three transformers and divides AWAC by all tokens. Here there is one, and
+    - What the user says, what the chat template writes around turns, and assistant turns inside a
+      `prompt` are no actions. The EOS that ends a turn is one.
+    - Both Qs are trained, and their q and cql losses are added. Wherever one Q is needed (in the
+      value's loss, in AWAC's weight, in decoding), it is the smaller of the two targets.
+    - No gradient flows into targets, into the next state's value, or into AWAC's weight. Those of
+      q, v and cql reach the language model. AWAC's weight is not clipped.
+    - The last layers of value and Qs start at 0, so nothing random is bootstrapped or steers at
+      first.
+    - The paper trains three language models and divides AWAC by all tokens. Here there is one, and
       AWAC is divided by the number of actions.
     - Rows are padded on the right with more EOS. Causal attention never looks ahead, so there is no
       attention mask, and positions count from 0. Padded actions have mask False and no loss.
-    - A row longer than --max_length is left out and counted, never cut. A completion that holds an
-      EOS ends there. Dropout is off. Q, V and all losses are computed in fp32 under bf16 as well.
-    - With --eval_dataset or a default task, samples are drawn before the first step too, from a
-      copy of the model (in bf16 under --precision bf16). The pad and ids that no token has are
-      never sampled; log pi_beta is normalised over the other ids.
-    - With --compile these are compiled and nothing else is: each transformer layer, `ilql_loss`,
-      and the decoding step.
+    - A row longer than --max_length is dropped, never cut, and how many were is printed. A
+      completion that holds an EOS ends at its first one.
+    - Models are loaded in fp32 and without dropout. Under --precision bf16 only the language model
+      computes in bf16: values, Qs and losses are in fp32.
+    - Samples are drawn if there are a reward function or a reward model to score them, before the
+      first step too. They come from a copy of the model, whose language model is in bf16 under
+      --precision bf16. The pad and ids without a token have probability 0 in it.
+    - With --compile, which is the default on CUDA, each transformer layer, `ilql_loss` and the
+      decoding step after the prompt are compiled, and nothing else is.
+
+What the helpers from utils.py do, as far as the algorithm needs them:
+    encode_prompt                    token ids of a prompt, of text or messages
+    head_logits(model, hidden)       the language-model head
+    global_batches                   row numbers of each step, in a new order each epoch
+    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
+      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    Means                            exact means by name, over micro-batches and ranks
 """
 
 import copy
@@ -78,7 +99,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from utils import Means, Run, UserError, allowed_ids, autocast, call_reward_fn, check_above_zero
 from utils import check_at_least, check_decoding, check_divides, check_positions
 from utils import check_same_tokenizer, check_shared_flags, compile_layers, copy_weights
-from utils import encode_prompt, fit_to_tokenizer, global_batches, gradient_step, head_logits
+from utils import clear_gradients, encode_prompt, fit_to_tokenizer, global_batches, head_logits
 from utils import init_ranks, launch, left_pad, load_function, load_pretrained, load_prompts
 from utils import load_rows, load_tokenizer, pack_rows, pad_right, progress, resolve_args
 from utils import save_pretrained, seeded, split_by_length, static_cache, to_bf16, to_device, wrap
@@ -87,8 +108,8 @@ from utils import save_pretrained, seeded, split_by_length, static_cache, to_bf1
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """what is trained: a Hub name or a folder, preferably of an sft.py run; a folder with only a
-    config starts from random weights"""
+    """the model to train: a Hub name or a folder, preferably of an sft.py run; of a folder that
+    holds only a config, the weights are random"""
     dataset: str = "data/randomwalks/rated.jsonl"
     """rows with prompt+completion+reward, or messages+reward; for messages the reward may also be a
     list, one for each assistant turn"""
@@ -96,12 +117,13 @@ class Args:
     """rows with prompt to sample from; their other columns reach --reward_fn; none: prompts.jsonl
     beside --dataset"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns) that scores the samples; none, and no
-    --reward_model: that of the embedded task on its own data, and no samples on other data"""
+    """path/to/file.py:function(prompts, responses, **columns) that scores the samples; if neither
+    this nor --reward_model is given, the default dataset has its own, and others are not sampled
+    from"""
     reward_model: str | None = None
     """a reward model that scores the samples instead; like --reward_fn it is never trained on"""
     max_rows: int | None = None
-    """use only the first so many rows of --dataset; none: all of them"""
+    """use only this many rows, the first ones, of --dataset; none: all rows"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/ilql_rlhf__<seed>__<time>"""
     seed: int = 1
@@ -115,14 +137,15 @@ class Args:
     micro_batch_size: int = 100
     """rows per forward and backward on one rank: saves memory and does not change the objective"""
     max_length: int = 512
-    """tokens of a row; longer rows are left out and counted"""
+    """tokens of a row; longer rows are dropped, and how many is printed"""
     normalize_rewards: bool = False
     """subtract the mean of the data set's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
     """Q functions; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """last layer of Q: a row of its own for each id, or the LM head's rows, frozen, so that similar
-    ids share what is learned, for large vocabularies (--lr 2e-4)"""
+    """ids: Q's last layer has weights of its own for each id; embeddings: it is a frozen copy of
+    the language-model head, so that similar ids share what is learned, for large vocabularies, with
+    --lr 2e-4"""
     tau: float = 0.8
     """expectile, above 0 and at most 1: at 0.5 V is the mean of target Q over the data's actions"""
     gamma: float = 0.99
@@ -136,11 +159,11 @@ class Args:
     alpha: float = 0.03
     """the online Q's share in its target's next value, after every step; above 0 and at most 1"""
     lr: float = 1e-3
-    """learning rate of the first step; decays linearly to 0"""
+    """learning rate of the first step (for the small task; about 1e-4 for a pretrained model)"""
     policy_lr_scale: float = 1.0
-    """learning rate of transformer and LM head, as a multiple of lr; 0: they stay as they are"""
+    """learning rate of the language model, as a multiple of lr; 0: it stays as it is"""
     max_grad_norm: float = 1.0
-    """gradients of a larger global norm are scaled down to it; 0: never"""
+    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what the transformer computes in; weights, optimizer state, losses, Q and V stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -152,14 +175,14 @@ class Args:
     eval_samples: int = 200
     """responses at each beta, over all ranks, spread evenly over the prompts"""
     response_length: int = 10
-    """tokens of a sample at most, EOS included; prompts longer than max_length less these are left
-    out and counted"""
+    """tokens of a sample at most, EOS included; prompts longer than max_length - response_length
+    are left out, and how many is printed"""
     log_every: int = 20
     """steps between two lines of metrics"""
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: none"""
     resume: str | None = None
-    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
     """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
@@ -182,7 +205,7 @@ def ilql_loss(
     """
     if num_tokens is None:
         num_tokens = mask.sum().clamp(min=1)
-    # Whatever stands where there is no action becomes 0.
+    # Where there is no action, put 0: a NaN there would reach the gradient through the sums below.
     qs = [q.masked_fill(~mask[..., None], 0.0) for q in qs]
     target_qs = [q.masked_fill(~mask[..., None], 0.0) for q in target_qs]
     logits = logits.masked_fill(~mask[..., None], 0.0)
@@ -196,12 +219,12 @@ def ilql_loss(
     taken_target_qs = [q.gather(-1, index).squeeze(-1) for q in target_qs]
     target_q = torch.stack(taken_target_qs).amin(0).detach()
 
-    # Temporal difference (IQL, equation 6). The next state's value is V's, so that no action is
-    # ever asked about that the data does not hold.
+    # Temporal difference (IQL, equation 6). The next state is worth what the value function says,
+    # so Q is never asked about an action that the data does not hold.
     backup = rewards + args.gamma * next_vs.detach()
     q_loss = sum((backup - q) ** 2 for q in taken_qs)
 
-    # Expectile regression (IQL, equation 5): an error weighs tau where target Q >= V, else 1 - tau.
+    # Expectile regression (IQL, equation 5): the weight is tau where the value is too low.
     v_weight = torch.where(target_q >= vs, args.tau, 1 - args.tau)
     v_loss = v_weight * (target_q - vs) ** 2
 
@@ -209,12 +232,13 @@ def ilql_loss(
     cql_loss = sum(q.logsumexp(-1) - taken for q, taken in zip(qs, taken_qs, strict=True))
 
     # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, equation 7).
-    awac_weight = torch.exp(args.beta * (target_q - vs)).detach()
+    advantage_weight = torch.exp(args.beta * (target_q - vs)).detach()
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
-    awac_loss = -awac_weight * logprobs
+    awac_loss = -advantage_weight * logprobs
 
-    losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
-    for name, loss in losses.items():
+    token_losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
+    losses = {}
+    for name, loss in token_losses.items():
         losses[name] = loss.masked_fill(~mask, 0.0).sum() / num_tokens
     total = losses["q"] + losses["v"]
     total = total + args.cql_weight * losses["cql"] + args.awac_weight * losses["awac"]
@@ -222,9 +246,10 @@ def ilql_loss(
 
 
 def steer(logits, target_qs, vs, beta):
-    """log_softmax(logits) + beta * (smaller target Q - V), (B,V) (Snell et al. 2022, section 4).
+    """Logits (B,V) of the steered policy: log_softmax(logits) + beta * (smaller target Q - value).
 
-    logits (B,V) of pi_beta; target_qs: a list of (B,V); vs (B,). The logits of the steered policy.
+    logits (B,V) of pi_beta; target_qs: a list of (B,V); vs (B,) (Snell et al. 2022, section 4). The
+    value does not change the distribution, only the scale on which one may clip or compare.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     advantages = torch.stack(target_qs).amin(0) - vs[..., None]
@@ -255,7 +280,8 @@ class EmbeddingQ(torch.nn.Module):
     """Q as a worth of the state plus its product with the action's row of the LM head, which is
     frozen.
 
-    Ids with similar rows then have similar Qs, also where the data holds only one of them.
+    The rows are a normalised copy of those that the LM head has at the start. Ids with similar rows
+    have similar Qs, even if the data holds only one of them.
     """
 
     def __init__(self, embeddings):
@@ -285,7 +311,7 @@ class ILQL(torch.nn.Module):
             q = value_head(width, vocab_size) if q_rows == "ids" else EmbeddingQ(embeddings)
             self.qs.append(q)
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
-        # What the heads see is standardised by these; see `standardise_inputs`.
+        # With q_rows "embeddings", `standardise_inputs` sets these; else they change nothing.
         self.register_buffer("hidden_mean", torch.zeros(width))
         self.register_buffer("hidden_std", torch.ones(width))
 
@@ -308,7 +334,8 @@ class ILQL(torch.nn.Module):
     def steered_logits(self, hidden, beta, allowed=None, temperature=1.0):
         """The steered policy's logits (B,V) at hidden states (B,d).
 
-        The temperature divides the logits of pi_beta before they are steered; 0 counts as 1 here.
+        The temperature divides the logits of pi_beta before they are steered. Temperature 0 is for
+        greedy decoding, which takes the argmax of the steered logits: here it counts as 1.
         """
         logits = head_logits(self.policy, hidden).float() / (temperature or 1.0)
         if allowed is not None:
@@ -343,18 +370,19 @@ def load_ilql(path):
 
 
 def score_head(model, hidden):
-    """Scores (...) in fp32 of hidden states (..., d): the linear head, less the config's centre."""
+    """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
+    # A product and a sum, because autocast would run a matrix product in bf16.
     weight = model.score.weight[0].float()
     scores = (hidden.float() * weight).sum(-1)
     return scores - getattr(model.config, "score_mean", 0.0)
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """The score (B,), in fp32, of each row at its last real token.
+    """The score (N,), in fp32, of each sequence at its last real token.
 
-    model: a plain AutoModelForSequenceClassification with one label. input_ids (B,T);
-    attention_mask (B,T): which tokens are real, whatever side the padding is on and whatever ids it
-    holds, because the rows are packed to the left first.
+    model: a plain AutoModelForSequenceClassification with one label. input_ids (N,T);
+    attention_mask (N,T): which tokens are real, whatever side the padding is on and whatever ids it
+    holds, because the sequences are packed to the left first.
     """
     input_ids, lengths = pack_rows(input_ids, attention_mask)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
@@ -409,20 +437,27 @@ def generate_steered(
     """
     B, P = queries.shape
     R = uniforms.shape[1]
-    cache = cache or static_cache(ilql.policy.config, P + R)
+    if cache is None:
+        cache = static_cache(ilql.policy.config, P + R)
     cache.reset()
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
     prompt_lengths = query_mask.long().sum(1, keepdim=True)
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
     key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
     beta = torch.as_tensor(beta, device=queries.device)  # A number would be compiled as a constant.
-    inputs = {"beta": beta, "temperature": temperature, "allowed": allowed}
-    inputs |= {"past_key_values": cache, "attention_mask": key_mask}
+    options = {"beta": beta, "temperature": temperature, "allowed": allowed}
+    options["past_key_values"] = cache
 
     responses = torch.full((B, R), pad_id, device=queries.device)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
+    # The whole prompt at once, uncompiled, and then one token after another.
     next_tokens = steered_decode_step(
-        ilql, queries, uniforms[:, 0], position_ids=positions, **inputs
+        ilql,
+        queries,
+        uniforms[:, 0],
+        attention_mask=key_mask,
+        position_ids=positions,
+        **options,
     )
     for t in range(R):
         responses[:, t] = torch.where(ended, pad_id, next_tokens)
@@ -430,9 +465,14 @@ def generate_steered(
         if t == R - 1 or ended.all():
             break
         key_mask[:, P + t] = 1
-        tokens = responses[:, t, None]
-        positions = prompt_lengths + t
-        next_tokens = step(ilql, tokens, uniforms[:, t + 1], position_ids=positions, **inputs)
+        next_tokens = step(
+            ilql,
+            responses[:, t, None],
+            uniforms[:, t + 1],
+            attention_mask=key_mask,
+            position_ids=prompt_lengths + t,
+            **options,
+        )
     return responses
 
 
@@ -565,9 +605,10 @@ def load_rated(args, tokenizer):
 def collate(rows, pad_id):
     """A batch of rows, on the CPU: input_ids (B,T), and by action, (B,A) each, the states (indices
     into input_ids), actions, rewards, mask and terminal."""
-    is_empty = not rows
-    if is_empty:
-        # A rank that gets no row of an epoch's last batch still has to exchange gradients.
+    has_rows = len(rows) > 0
+    if not has_rows:
+        # A rank without rows still takes part, with an action that counts 0: the others wait for
+        # it.
         rows = [{"input_ids": [pad_id], "states": [0], "actions": [pad_id], "rewards": [0.0]}]
     num_actions = torch.tensor([[len(row["actions"])] for row in rows])
     columns = torch.arange(num_actions.max().item())
@@ -578,7 +619,7 @@ def collate(rows, pad_id):
         "actions": pad_right([row["actions"] for row in rows], pad_id),
         "rewards": pad_right([row["rewards"] for row in rows], 0.0),
         "terminal": columns == num_actions - 1,
-        "mask": mask & ~torch.tensor(is_empty),
+        "mask": mask & has_rows,
     }
 
 
@@ -586,9 +627,12 @@ def collate(rows, pad_id):
 # Training and evaluation
 
 
-def batch_loss(model, rows, num_tokens, means, loss_fn, tokenizer, args, device):
-    """The loss of some rows, divided by num_tokens, 0-d; adds what is logged to `means`."""
-    batch = to_device(collate(rows, tokenizer.eos_token_id), device)
+def micro_batch_loss(model, rows, num_actions, means, loss_fn, pad_id, args, device):
+    """The loss of a micro-batch, 0-d: sums over its actions, divided by num_actions of the batch.
+
+    Adds what is logged to `means`.
+    """
+    batch = to_device(collate(rows, pad_id), device)
     mask = batch["mask"]
     with autocast(args, device):
         output = model(batch["input_ids"], batch["states"])
@@ -605,10 +649,10 @@ def batch_loss(model, rows, num_tokens, means, loss_fn, tokenizer, args, device)
         batch["terminal"],
         mask,
         args,
-        num_tokens,
+        num_actions,
     )
     for name in ("q", "v", "cql", "awac"):
-        means.add_sum(f"loss/{name}", losses[name] * num_tokens, mask.sum())
+        means.add_sum(f"loss/{name}", losses[name] * num_actions, mask.sum())
     target_qs = torch.stack(output["target_qs"]).amin(0)
     target_q = target_qs.gather(-1, batch["actions"][..., None]).squeeze(-1)
     advantage = target_q - output["vs"]
@@ -619,11 +663,11 @@ def batch_loss(model, rows, num_tokens, means, loss_fn, tokenizer, args, device)
 
 
 @torch.no_grad()
-def standardise_inputs(ilql, rows, tokenizer):
+def standardise_inputs(ilql, rows, pad_id):
     """Set the mean and deviation by which the heads' inputs are standardised, from some rows."""
     sample = rows[:: math.ceil(len(rows) / 128)]
     device = ilql.hidden_mean.device
-    batch = to_device(collate(sample, tokenizer.eos_token_id), device)
+    batch = to_device(collate(sample, pad_id), device)
     hidden = ilql.policy.base_model(batch["input_ids"], use_cache=False).last_hidden_state
     states = batch["states"][..., None].expand(-1, -1, hidden.shape[-1])
     hidden = hidden.gather(1, states)[batch["mask"]]
@@ -646,7 +690,7 @@ def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ran
     """{"eval/score@beta=...": mean score} over the samples of all ranks, and some of them as a
     file.
 
-    Every beta gets the same prompts and uniforms.
+    Every beta gets the same prompts and uniforms. Ten samples of each go into samples.jsonl.
     """
     mine = slice(ranks.rank, None, ranks.world_size)
     order = torch.randperm(len(prompts), generator=seeded(args.seed, "prompts")).tolist()
@@ -718,7 +762,7 @@ def load_evaluation(args, tokenizer):
 
 
 def load_model(args, tokenizer, rows, prompts, statistics):
-    """The ILQL module, checked to be long enough for all rows and samples."""
+    """The ILQL module, refused if a row or a sample is longer than it has positions."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     num_positions = max(len(row["input_ids"]) for row in rows)
     if prompts:
@@ -730,7 +774,7 @@ def load_model(args, tokenizer, rows, prompts, statistics):
     policy.requires_grad_(args.policy_lr_scale > 0)
     ilql = ILQL(policy, args.num_qs, args.q_rows, **statistics)
     if args.q_rows == "embeddings":
-        standardise_inputs(ilql, rows, tokenizer)
+        standardise_inputs(ilql, rows, tokenizer.eos_token_id)
     return ilql
 
 
@@ -750,7 +794,7 @@ def main(args):
     if args.reward_model:
         scorer.to(device)
 
-    # Samples are drawn from a copy, whose weights are filled in before each evaluation.
+    # Samples are drawn from a copy, whose weights are refreshed before each later evaluation.
     sampler = copy.deepcopy(ilql).requires_grad_(False)
     if args.precision == "bf16":
         to_bf16(sampler.policy)
@@ -768,14 +812,14 @@ def main(args):
             steered_decode_step, mode="reduce-overhead", fullgraph=True
         )
     train_model = wrap(ilql, ranks)
-    heads = [parameter for name, parameter in ilql.named_parameters() if "policy." not in name]
+    heads = [*ilql.v.parameters(), *ilql.qs.parameters()]
     optimizer = torch.optim.AdamW(
         [{"params": list(ilql.policy.parameters())}, {"params": heads}],
         lr=args.lr,
         weight_decay=0.0,
         fused=True,
     )
-    options = {"loss_fn": loss_fn, "tokenizer": tokenizer, "args": args, "device": device}
+    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
 
     run = Run(args, ranks, "ilql_rlhf")
     state = {"model": ilql, "optimizer": optimizer}
@@ -794,24 +838,29 @@ def main(args):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]
-        groups = split_by_length(
-            [len(row["input_ids"]) for row in batch], args.micro_batch_size, ranks
-        )
+        lengths = [len(row["input_ids"]) for row in batch]
+        groups = split_by_length(lengths, args.micro_batch_size, ranks)
 
         # 2. Loss: the sum over all ranks divided by their number of actions.
-        num_tokens = torch.tensor(sum(len(row["actions"]) for row in batch), device=device)
+        num_actions = torch.tensor(sum(len(row["actions"]) for row in batch), device=device)
         for i, group in enumerate(groups):
-            # With several ranks, gradients are exchanged in the last backward only.
-            train_model.require_backward_grad_sync = i == len(groups) - 1
-            loss = batch_loss(train_model, [batch[j] for j in group], num_tokens, means, **options)
-            # DDP averages over ranks; times their number, the average is the sum.
+            # With several ranks, DDP exchanges gradients in the last backward only.
+            train_model.require_backward_grad_sync = i + 1 == len(groups)
+            part = [batch[j] for j in group]
+            loss = micro_batch_loss(
+                train_model, part, num_actions, means, loss_fn, pad_id, args, device
+            )
+            # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss * ranks.world_size).backward()
 
         # 3. Update, first the parameters, then the targets.
         lr = args.lr * (1 - (step - 1) / num_steps)
         optimizer.param_groups[0]["lr"] = args.policy_lr_scale * lr
         optimizer.param_groups[1]["lr"] = lr
-        grad_norm = gradient_step(ilql, optimizer, args.max_grad_norm)
+        max_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), max_norm)
+        optimizer.step()
+        clear_gradients(optimizer)
         ilql.update_targets(args.alpha)
 
         # Log, evaluate, save.

@@ -1,61 +1,80 @@
-"""PPO for RLHF, the third stage: improve a policy against a score, close to where it started.
+r"""PPO for RLHF, the third stage: raise a policy's score without moving it far from its start.
 
 Ziegler et al. 2019, "Fine-tuning language models from human preferences"; Stiennon et al. 2020,
-"Learning to summarize from human feedback"; Ouyang et al. 2022, "InstructGPT"; Schulman et al.
-2017, "Proximal policy optimization"; Huang et al. 2024, "The N+ implementation details of RLHF with
-PPO".
+"Learning to summarize from human feedback"; Ouyang et al. 2022, "Training language models to follow
+instructions with human feedback"; Schulman et al. 2017, "Proximal policy optimization algorithms";
+Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
 
 Each update:
     1. rollout      sample a response to each prompt from the policy
-    2. score        each response gets a score, each token its log-probability under the policy and
-                    under the frozen reference, and the critic's value of the state before it
-    3. advantages   the reward of token t is -kl_coef * (logprob - ref_logprob), plus the score at
-                    the last token; GAE(gamma, lam) gives advantages and returns; advantages are
-                    whitened
-    4. update       num_epochs passes over the batch in num_minibatches steps each: clipped policy
-                    loss + vf_coef * clipped value loss - entropy_coef * entropy
+    2. score        each response gets a score; each of its tokens gets a log-probability under the
+                    policy and under the frozen reference, and the value of the state before it
+    3. advantages   token t is rewarded with -kl_coef * (logprob - ref_logprob), and the last token
+                    with the score too; GAE(gamma, lam) gives advantages, which are whitened, and
+                    returns
+    4. update       num_epochs passes over the batch, of num_minibatches optimizer steps each:
+                    clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy
 
 One process:    python ppo_rlhf.py
-Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \\
-                    --reward_model runs/my_rm/model --dataset my_prompts.jsonl
+Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \
+                    --reward_model runs/my_rm/model --dataset my_prompts.jsonl --lr 1e-5
 
-Shapes: B rows on this rank, P longest prompt, R longest response, T = P + R, V vocabulary, d width.
+Shapes: B rows on this rank; P tokens of the longest prompt of the data set; R response_length, or
+in a micro-batch its longest response; T = P + R; V vocabulary; d width.
 
 Time: index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
 values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
 
-Layout: only `generate` pads prompts on the left. After the rollout each row is packed to the left,
-prompt then response then padding. Causal attention never looks ahead, so the padding is invisible:
-no forward after the rollout has an attention mask, and positions count from 0. Rows of similar
-length share a micro-batch, which is cut after its longest row.
+Layout: prompts are padded on the left for `generate` alone. Then each row is packed to the left:
+prompt, response, padding. Causal attention never looks ahead, so no real token sees the padding:
+outside of `generate` no model is given an attention mask or positions. Rows of similar length share
+a micro-batch, which is cut after its longest row.
 
-After the end of a response: `responses` holds the pad id, `input_ids` holds EOS, `mask` is False,
-and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. `mask` includes the EOS
-itself.
+After the end of a response: `responses` holds the pad id, `input_ids` holds EOS, `is_real` and
+`mask` are False, and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. The end
+token itself belongs to the response: its mask is True.
 
 Rules that you might not expect:
-    - A response ends at EOS, at another end token of the model's config, or at --stop_token. It may
-      sample one of these before --min_length, and then it goes on.
-    - A response without such an end, cut at --response_length, is treated as finished: the state
-      after its last token is worth 0, nothing is bootstrapped. Its score is replaced by
-      --missing_eos_score. Scores are first normalised, then clipped, then replaced.
-    - The KL penalty is in the reward, not in the loss. Its estimate is k1, the log-ratio of the
-      sampled token. (k3 is logged beside it, and is never trained on.)
+    - A response ends at EOS, at any further EOS id of the model's configs, or at --stop_token, but
+      not before --min_length: an end token that is sampled earlier stays, and the row goes on.
+    - A response that reaches --response_length without an end token counts as finished all the
+      same: the state after its last token is worth 0, and nothing is bootstrapped. Its score is
+      replaced by --missing_eos_score, unless that is none.
+    - Scores are first normalised, then clipped, then replaced. Normalisation and clipping are off
+      by default.
     - The score is paid at the last token itself. (Huang et al. pay it one position later.)
-    - The pad and ids that no token has are never sampled, and have probability 0 in the policy and
-      in the reference. There is no top-k or top-p. The temperature divides the logits everywhere.
-    - The old log-probabilities come from the same forward as the new ones, not from the sampler,
-      which is a copy of the policy (in bf16 under --precision bf16). So the first ratio is 1.
-      Under bf16 the frozen models are rounded to bf16 as well, and the first KL is not quite 0.
-    - Log-softmax, scores and values are computed in fp32 under bf16 as well. Dropout is off.
-    - Advantages are whitened over all real tokens of the batch, on all ranks. Losses are sums over
-      the real tokens of a minibatch, divided by their number on all ranks.
-    - Every rank gathers the batch of all ranks. A minibatch is drawn from it, sorted by length and
-      dealt out, so the result does not depend on the number of ranks or on --micro_batch_size.
-    - An optimizer step is skipped, on all ranks, if its gradient is not finite or if the mean
-      probability ratio is beyond --ratio_guard. --early_stop_kl ends the whole update instead.
-    - With --compile these are compiled and nothing else is: each transformer layer, the decoding
-      step, and `token_logprobs`.
+    - The KL to the reference is in the reward, not in the loss. It is estimated by the log-ratio of
+      the sampled token (k1). The k3 estimate is logged beside it and never trained on.
+    - The pad and ids without a token have probability 0 in the sampler, the policy and the
+      reference alike. There is no top-k or top-p. The temperature divides the logits wherever a
+      probability is computed, and nowhere else.
+    - Old log-probabilities come from the model that is trained, not from the sampler. So the
+      probability ratios of an update's first step are 1, up to rounding.
+    - The sampler is a copy of the policy that is refreshed before each rollout. Under --precision
+      bf16 the sampler, the reference and the reward model are rounded to bf16, the others compute
+      in bf16 by autocast, and the first KL is only nearly 0. Log-softmax, scores, values and losses
+      are computed in fp32 always. Dropout is off.
+    - Advantages are whitened over the real tokens of the whole batch, on all ranks. The loss of a
+      step is a sum over the real tokens of its minibatch, divided by their number on all ranks.
+    - Every rank holds the batch of all ranks. A minibatch is drawn from the whole batch, sorted by
+      length, and dealt out to the ranks in turn. So neither the number of ranks nor
+      --micro_batch_size changes the result, up to rounding.
+    - A step is skipped, on all ranks, if its gradient is not finite, or if its mean probability
+      ratio is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends the update.
+    - With --compile, which is the default on CUDA, these are compiled and nothing else is: the
+      layers of all models but the sampler, the sampler's decoding step after the prompt, and
+      `token_logprobs`.
+
+What the helpers from utils.py do, as far as the algorithm needs them:
+    whiten(x, mask)                  mean 0 and variance 1 over the mask, on all ranks; 0 outside it
+    masked_mean(x, mask)             mean over the mask, on all ranks
+    all_gather(x)                    the rows of all ranks, in rank order
+    pack_rows(input_ids, mask)       every row's real tokens moved to the left, and their number
+    split_by_length(lengths, size)   row numbers sorted by length, in groups of at most `size`; with
+                                     ranks, only every world_size-th of the sorted rows: our share
+    select(batch, rows)              these rows of every tensor, cut after the longest of them
+    head_logits(model, hidden)       the language-model head
+    Means                            exact means by name, over micro-batches and ranks
 """
 
 import copy
@@ -70,6 +89,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from utils import Means, Run, UserError, all_eos_ids, all_gather, allowed_ids, autocast
 from utils import call_reward_fn, check_above_zero, check_at_least, check_decoding, check_divides
+from utils import check_finite
 from utils import check_positions, check_same_tokenizer, check_shared_flags, clear_gradients
 from utils import compile_layers, copy_weights, fit_to_tokenizer, head_logits, init_ranks, launch
 from utils import left_pad, load_function, load_pretrained, load_prompts, load_tokenizer
@@ -81,19 +101,20 @@ from utils import Stopwatch, sum_over_ranks, to_bf16, total_lengths, whiten, wra
 @dataclass
 class Args:
     model: str | None = None
-    """what is trained, and the frozen reference: a Hub name or a folder; none: the newest finished
-    run of sft.py"""
+    """the model to train, whose start is also the frozen reference: a Hub name or a folder; none:
+    the newest finished run of sft.py"""
     reward_model: str | None = None
-    """scores the responses and is the critic's start: a Hub name or a folder; none, and no
-    --reward_fn: the newest finished run of reward_model.py"""
+    """the model that scores responses, from which the critic starts too: a Hub name or a folder; if
+    neither this nor --reward_fn is given, the newest finished run of reward_model.py"""
     reward_fn: str | None = None
     """path/to/file.py:function(prompts, responses, **columns), which returns a number for each
     response; instead of --reward_model"""
     monitor_fn: str | None = None
     """a function like --reward_fn that is logged as monitor/<name> and never trained on"""
     value_trunk: Literal["separate", "shared"] = "separate"
-    """the critic: a network of its own, which starts as the reward model (else as the policy with a
-    zero head), or a zero head on the policy's own hidden states"""
+    """separate: the critic is a network of its own, a copy of the reward model, or without one a
+    copy of the policy with a head of zeros; shared: it is a head of zeros on the policy's own
+    network"""
     dataset: str = "data/randomwalks/prompts.jsonl"
     """rows with prompt; every other column reaches the reward function"""
     output_dir: str | None = None
@@ -109,10 +130,10 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per forward on one rank, except in sampling, which takes all rows at once: saves memory
-    and padding, and does not change the objective"""
+    """rows per forward on one rank, except in sampling, which takes all rows at once; fewer save
+    memory and padding, and do not change the result"""
     query_length: int = 64
-    """tokens of a prompt; longer prompts are left out and counted"""
+    """tokens of a prompt; longer prompts are left out, and how many is printed"""
     response_length: int = 10
     """tokens of a response at most, the end token included"""
     stop_token: str | None = None
@@ -122,15 +143,16 @@ class Args:
     temperature: float = 1.0
     """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
-    """learning rate of the first update; decays linearly to 0"""
+    """learning rate of the first update, which falls linearly to lr / number of updates in the last
+    (for the small task; about 1e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """gradients of a larger global norm are scaled down to it; 0: never"""
+    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
     kl_coef: float = 0.05
     """price of one nat of KL to the reference; with --target_kl_nats, its first value"""
     target_kl_nats: float | None = None
     """adapt kl_coef until the KL of a response is this; none: kl_coef stays as it is"""
     kl_horizon: int = 10000
-    """with --target_kl_nats: episodes in which kl_coef changes by a fifth or so at most"""
+    """with --target_kl_nats: kl_coef changes by about a fifth at most in this many episodes"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
@@ -140,7 +162,7 @@ class Args:
     cliprange_high: float | None = None
     """replaces the upper bound by 1 + cliprange_high; none: the same on both sides"""
     cliprange_value: float = 0.2
-    """how far, in units of the rewards, a new value may be from the old one"""
+    """a value gains nothing by moving further than this from the old one, in units of the reward"""
     vf_coef: float = 0.1
     """weight of the value loss"""
     entropy_coef: float = 0.0
@@ -148,9 +170,9 @@ class Args:
     ratio_guard: float = 10.0
     """skip an optimizer step whose mean probability ratio is above this or below 1 / this"""
     early_stop_kl: float | None = None
-    """end an update before the step (never its first) at which policy/approxkl_avg is above this"""
+    """end an update, after at least one step, at a minibatch with policy/approxkl_avg above this"""
     normalize_scores: bool = False
-    """subtract the running mean of all scores so far and divide by their standard deviation"""
+    """standardise scores by the mean and deviation of all scores so far, except replaced ones"""
     cliprange_score: float | None = None
     """clip scores to -cliprange_score .. cliprange_score, after normalisation; none: never"""
     whiten_rewards: bool = False
@@ -164,7 +186,7 @@ class Args:
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: none"""
     resume: str | None = None
-    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
     """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
@@ -186,8 +208,8 @@ def response_mask(responses, stop_ids, min_length=0):
 def token_logprobs(logits, tokens, temperature, allowed=None):
     """Log-probability of each token and entropy of its distribution, both (B,R), in nats and fp32.
 
-    logits (B,R,V) predict tokens (B,R); they are divided by the temperature. allowed (V,) bool: the
-    ids that have a probability; logits of -inf are allowed too. Memory, see docs/ppo_rlhf.md.
+    logits (B,R,V) predict tokens (B,R); they are divided by the temperature. allowed (V,) bool: ids
+    where it is False get probability 0. The logits may hold -inf already.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if allowed is not None:
@@ -203,8 +225,7 @@ def token_logprobs(logits, tokens, temperature, allowed=None):
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """The reward of each token, (B,R): the KL penalty at every token, the score (B,) at the last
-    one.
+    """The reward of each token, (B,R): a KL penalty at every token, and the score (B,) at the last.
 
     The penalty -kl_coef * (logprob - ref_logprob) is the k1 estimate of the KL to the reference,
     which is unbiased (Ziegler et al. 2019, equation 2).
@@ -224,8 +245,9 @@ def compute_gae(rewards, values, mask, gamma, lam):
         advantages[t] = delta[t] + gamma * lam * advantages[t + 1]
         returns[t] = advantages[t] + values[t]
 
-    Unrolled, it is equation 16 itself: advantages[t] = sum over k >= t of (gamma * lam)^(k - t) *
-    delta[k]. That is one product with a triangular matrix, here in fp64, for all t at once.
+    Unrolled, this is equation 16 itself: advantages[t] = sum over k >= t of (gamma * lam)^(k - t) *
+    delta[k]. Here that sum is one product with a lower triangular matrix, which a GPU computes at
+    once where the recursion takes R small steps. It is in fp64, so that no TF32 product rounds it.
     """
     dtype = values.dtype
     rewards = torch.where(mask, rewards, 0.0).double()
@@ -233,7 +255,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + gamma * next_values - values
     steps = torch.arange(deltas.shape[1], device=deltas.device)
-    exponents = (steps[:, None] - steps).clamp(min=0)  # k - t, for k down and t across
+    exponents = (steps[:, None] - steps).clamp(min=0)  # k - t in row k and column t.
     weights = torch.tril((gamma * lam) ** exponents.double())
     advantages = torch.where(mask, deltas @ weights, 0.0)
     returns = advantages + values
@@ -255,9 +277,12 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=No
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Half the squared error of the value, clipped like the policy's: (loss, clipped), each (B,R).
+    """Half the squared error of the value, clipped: (loss, clipped), each (B,R).
 
-    A new value counts only as far as cliprange_value from the old one (the code of Ziegler et al.).
+    The larger of two errors counts: that of the new value, and that of the new value moved no
+    further than cliprange_value from the old one (as in the code of Ziegler et al. 2019). So
+    nothing pulls a value on towards its return once it has moved that far. clipped: as in
+    `policy_loss`.
     """
     change = (new_values - values).clamp(-cliprange_value, cliprange_value)
     unclipped_loss = 0.5 * (new_values - returns) ** 2
@@ -372,18 +397,19 @@ def response_hidden(model, input_ids, positions):
 
 
 def score_head(model, hidden):
-    """Scores (...) in fp32 of hidden states (..., d): the linear head, less the config's centre."""
+    """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
+    # A product and a sum, because autocast would run a matrix product in bf16.
     weight = model.score.weight[0].float()
     scores = (hidden.float() * weight).sum(-1)
     return scores - getattr(model.config, "score_mean", 0.0)
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """The score (B,), in fp32, of each row at its last real token.
+    """The score (N,), in fp32, of each sequence at its last real token.
 
-    model: a plain AutoModelForSequenceClassification with one label. input_ids (B,T);
-    attention_mask (B,T): which tokens are real, whatever side the padding is on and whatever ids it
-    holds, because the rows are packed to the left first.
+    model: a plain AutoModelForSequenceClassification with one label. input_ids (N,T);
+    attention_mask (N,T): which tokens are real, whatever side the padding is on and whatever ids it
+    holds, because the sequences are packed to the left first.
     """
     input_ids, lengths = pack_rows(input_ids, attention_mask)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
@@ -392,14 +418,14 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class Actor(torch.nn.Module):
-    """A language model that gives the log-probabilities of responses: the policy or the reference.
+    """A language model, the policy or the reference, that gives the log-probabilities of responses.
 
     logprobs_fn is `token_logprobs`, or its compiled version under --compile.
     """
 
-    def __init__(self, policy, temperature, allowed, logprobs_fn=token_logprobs):
+    def __init__(self, model, temperature, allowed, logprobs_fn=token_logprobs):
         super().__init__()
-        self.policy = policy
+        self.model = model
         self.temperature = temperature
         self.allowed = allowed
         self.logprobs_fn = logprobs_fn
@@ -407,9 +433,9 @@ class Actor(torch.nn.Module):
     def forward(self, input_ids, prompt_lengths, response_length):
         """logprobs and entropy (B,R), and the hidden states (B,R,d) that they are computed from."""
         positions = response_positions(input_ids, prompt_lengths, response_length)
-        hidden = response_hidden(self.policy, input_ids, positions)
+        hidden = response_hidden(self.model, input_ids, positions)
         tokens = input_ids.gather(1, positions)
-        logits = head_logits(self.policy, hidden)
+        logits = head_logits(self.model, hidden)
         logprobs, entropy = self.logprobs_fn(logits, tokens, self.temperature, self.allowed)
         return {"logprobs": logprobs, "entropy": entropy, "hidden": hidden}
 
@@ -425,8 +451,8 @@ class ActorCritic(torch.nn.Module):
     def forward(self, input_ids, prompt_lengths, response_length):
         """logprobs, entropy and values of the response tokens, each (B,R)."""
         output = self.actor(input_ids, prompt_lengths, response_length)
-        hidden = output["hidden"]
-        if self.critic.base_model is not self.actor.policy.base_model:
+        hidden = output["hidden"]  # The critic's own, if it shares the policy's network.
+        if self.critic.base_model is not self.actor.model.base_model:
             positions = response_positions(input_ids, prompt_lengths, response_length)
             hidden = response_hidden(self.critic, input_ids, positions)
         values = score_head(self.critic, hidden)
@@ -478,18 +504,26 @@ def generate(
     """
     B, P = queries.shape
     R = uniforms.shape[1]
-    cache = cache or static_cache(model.config, P + R)
+    if cache is None:
+        cache = static_cache(model.config, P + R)
     cache.reset()
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
     prompt_lengths = query_mask.long().sum(1, keepdim=True)
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
     key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
-    options = {"temperature": temperature, "allowed": allowed}
-    options |= {"past_key_values": cache, "attention_mask": key_mask}
+    options = {"temperature": temperature, "allowed": allowed, "past_key_values": cache}
 
     responses = torch.full((B, R), pad_id, device=queries.device)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
-    next_tokens = decode_step(model, queries, uniforms[:, 0], position_ids=positions, **options)
+    # The whole prompt at once, uncompiled, and then one token after another.
+    next_tokens = decode_step(
+        model,
+        queries,
+        uniforms[:, 0],
+        attention_mask=key_mask,
+        position_ids=positions,
+        **options,
+    )
     for t in range(R):
         responses[:, t] = torch.where(ended, pad_id, next_tokens)
         if t >= min_length:
@@ -497,9 +531,14 @@ def generate(
         if t == R - 1 or ended.all():
             break
         key_mask[:, P + t] = 1
-        tokens = responses[:, t, None]
-        positions = prompt_lengths + t
-        next_tokens = step(model, tokens, uniforms[:, t + 1], position_ids=positions, **options)
+        next_tokens = step(
+            model,
+            responses[:, t, None],
+            uniforms[:, t + 1],
+            attention_mask=key_mask,
+            position_ids=prompt_lengths + t,
+            **options,
+        )
     return responses
 
 
@@ -508,9 +547,9 @@ def generate(
 
 
 def next_prompts(prompts, update, args, ranks):
-    """This rank's prompts of an update and the uniforms (B,R) to sample with.
+    """This rank's prompts of an update, and the uniforms (B,R) to sample with.
 
-    Those of all ranks together depend on (seed, update) alone.
+    They are cut out of those of all ranks, which depend on the seed and the update alone.
     """
     B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
@@ -521,15 +560,15 @@ def next_prompts(prompts, update, args, ranks):
     return [prompts[i] for i in order[mine]], uniforms[mine].to(ranks.device)
 
 
-def rollout(sampler, prompts, uniforms, query_length, eos_id, **sampling):
+def rollout(sampler, prompts, uniforms, longest_prompt, eos_id, **sampling):
     """Sample a response to each prompt and pack each row to the left.
 
-    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R) and has_eos
-    (B,). sampling: the options of `generate`.
+    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R), and has_eos
+    (B,): whether a response ended by itself. sampling: the options of `generate`.
     """
     sequences = [ids for ids, _ in prompts]
     pad_id = sampling["pad_id"]
-    queries, query_mask = left_pad(sequences, query_length, pad_id, uniforms.device)
+    queries, query_mask = left_pad(sequences, longest_prompt, pad_id, uniforms.device)
     responses = generate(sampler, queries, query_mask, uniforms, **sampling)
 
     min_length = sampling["min_length"]
@@ -551,7 +590,7 @@ def rollout(sampler, prompts, uniforms, query_length, eos_id, **sampling):
 
 
 @torch.no_grad()
-def score(batch, actor_critic, reference, reward_model, args):
+def score_batch(batch, actor_critic, reference_actor, reward_model, args):
     """logprobs, ref_logprobs and values (B,R), 0 outside the mask, and raw_scores (B,).
 
     Without a reward model the raw scores are 0, for a reward function to replace.
@@ -565,10 +604,10 @@ def score(batch, actor_critic, reference, reward_model, args):
         rows = rows.to(device, non_blocking=True)
         part = select(batch, rows)
         mask = part["mask"]
-        R = mask.shape[1]  # The longest response of these rows.
+        R = mask.shape[1]
         with autocast(args, device):
             old = actor_critic(part["input_ids"], part["prompt_lengths"], R)
-            ref = reference(part["input_ids"], part["prompt_lengths"], R)
+            ref = reference_actor(part["input_ids"], part["prompt_lengths"], R)
             if reward_model is not None:
                 raw_scores[rows] = last_token_scores(
                     reward_model, part["input_ids"], part["is_real"]
@@ -607,21 +646,22 @@ def final_scores(raw_scores, has_eos, moments, args):
 def accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks):
     """Forward and backward of this rank's share of a minibatch, in micro-batches of similar length.
 
-    batch: the rows of all ranks. minibatch: row numbers, on the CPU. Returns this rank's `Means`.
+    batch: the rows of all ranks. minibatch: row numbers, on the CPU, the same on all ranks. Returns
+    the `Means` of this rank's share.
     """
     means = Means()
-    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()  # On all ranks.
+    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()  # Of all ranks' shares together.
     lengths = total_lengths(batch)[minibatch]
-    groups = split_by_length(lengths, args.micro_batch_size, ranks)
+    groups = split_by_length(lengths, args.micro_batch_size, ranks)  # Indices into minibatch.
     for i, group in enumerate(groups):
         part = select(batch, minibatch[group].to(ranks.device, non_blocking=True))
-        # With several ranks, gradients are exchanged in the last backward only.
-        train_model.require_backward_grad_sync = i == len(groups) - 1
+        # With several ranks, DDP exchanges gradients in the last backward only.
+        train_model.require_backward_grad_sync = i + 1 == len(groups)
         with autocast(args, ranks.device):
             R = part["mask"].shape[1]
             new = train_model(part["input_ids"], part["prompt_lengths"], R)
             loss_sum, stats = loss_fn(new, part, args)
-        # DDP averages over ranks; times their number, the average is the sum.
+        # DDP averages gradients over ranks; the factor turns that average into a sum.
         (loss_sum * ranks.world_size / num_tokens).backward()
         means.add(stats, part["mask"])
     return means
@@ -648,14 +688,14 @@ def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
         step_means.add({"optim/grad_norm": grad_norm})
 
         # These numbers are the same on all ranks, so all of them go on, skip or stop together.
-        step = step_means.over_ranks()
-        limit = args.early_stop_kl or math.inf
-        if counts["optim/steps"] > 0 and step["policy/approxkl_avg"] > limit:
+        stats = step_means.over_ranks()
+        kl_limit = args.early_stop_kl or math.inf
+        if counts["optim/steps"] > 0 and stats["policy/approxkl_avg"] > kl_limit:
             counts["optim/early_stops"] = 1
             clear_gradients(optimizer)
             break
-        is_guarded = 1 / args.ratio_guard <= step["val/ratio"] <= args.ratio_guard
-        if is_guarded and math.isfinite(step["optim/grad_norm"]):
+        ratio_is_fine = 1 / args.ratio_guard <= stats["val/ratio"] <= args.ratio_guard
+        if ratio_is_fine and math.isfinite(stats["optim/grad_norm"]):
             optimizer.step()
             means.merge(step_means)
             counts["optim/steps"] += 1
@@ -718,12 +758,12 @@ def check_flags(args):
     check_shared_flags(args)
     check_at_least(args, 1, "num_epochs", "num_minibatches", "query_length", "response_length")
     check_at_least(args, 0, "min_length", "kl_coef", "gamma", "lam", "vf_coef")
-    check_at_least(args, -math.inf, "entropy_coef")
+    check_finite(args, "entropy_coef")
     check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_value")
     check_above_zero(args, "cliprange_score", "target_kl_nats", "kl_horizon", "early_stop_kl")
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     if args.missing_eos_score != "none":
-        check_at_least(args, -math.inf, "missing_eos_score")
+        check_finite(args, "missing_eos_score")
     if args.gamma > 1 or args.lam > 1:
         raise UserError("--gamma and --lam: must be at most 1")
     if not 1 < args.ratio_guard < math.inf:
@@ -759,8 +799,8 @@ def load_reward_function(spec, flag, prompts):
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, critic, reward_model), the last one None without --reward_model.
 
-    The critic starts as a copy of the reward model. Without one, and with a shared trunk, it has
-    the policy's weights and a head of zeros.
+    The critic starts as a copy of the reward model, or without one as a copy of the policy with a
+    head of zeros. With --value_trunk shared it is a head of zeros on the policy's own network.
     """
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
     reward_model = None
@@ -787,15 +827,12 @@ def load_models(args, tokenizer, num_positions, device):
     check_decoding(policy, num_positions, args.model)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
+        # The critic's own network goes; the policy's is put in its place.
         setattr(critic, critic.base_model_prefix, policy.base_model)
     if args.precision == "bf16":
         to_bf16(reference)
         if reward_model is not None:
             to_bf16(reward_model.base_model)
-    if args.compile:
-        for model in (policy, reference, critic, reward_model):
-            if model is not None:
-                compile_layers(model)
     return policy, reference, critic, reward_model
 
 
@@ -839,7 +876,7 @@ def main(args):
     allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
 
     # Responses are sampled from a copy of the policy, which is in bf16 where asked, and whose
-    # decoding step is compiled as a whole. Its weights are filled in before each rollout.
+    # decoding step is compiled as a whole. Its weights are refreshed before each rollout.
     sampler = copy.deepcopy(policy).requires_grad_(False)
     if args.precision == "bf16":
         to_bf16(sampler)
@@ -847,9 +884,10 @@ def main(args):
 
     logprobs_fn = token_logprobs
     if args.compile:
+        compile_layers(policy, reference, critic, reward_model)
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
     actor_critic = ActorCritic(Actor(policy, args.temperature, allowed, logprobs_fn), critic)
-    reference = Actor(reference, args.temperature, allowed, logprobs_fn)
+    reference_actor = Actor(reference, args.temperature, allowed, logprobs_fn)
     train_model = wrap(actor_critic, ranks)
     optimizer = torch.optim.AdamW(
         actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
@@ -874,7 +912,7 @@ def main(args):
         watch.lap("time/rollout")
 
         # 2. Score: log-probabilities, values and the score that each response is paid.
-        batch |= score(batch, actor_critic, reference, reward_model, args)
+        batch |= score_batch(batch, actor_critic, reference_actor, reward_model, args)
         rows = [row for _, row in batch_prompts]
         texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
         if reward_fn is not None:

@@ -1,40 +1,59 @@
-"""A reward model from comparisons, the second stage of RLHF.
+r"""A reward model from comparisons, the second stage of RLHF.
 
 Ziegler et al. 2019, "Fine-tuning language models from human preferences"; Stiennon et al. 2020,
-"Learning to summarize from human feedback", section 3.4; Ouyang et al. 2022, "InstructGPT".
+"Learning to summarize from human feedback", section 3.4; Ouyang et al. 2022, "Training language
+models to follow instructions with human feedback".
 
 Each step:
     1. batch    rows of (prompt, chosen, rejected): two token sequences a row, each ending with EOS
     2. loss     -log sigmoid(score of chosen - score of rejected - margin): the model of Bradley and
                 Terry; the mean over all pairs of the batch, on all ranks. The score is a linear
                 head on the hidden state of a sequence's last real token
-    3. update   AdamW, with a learning rate that decays linearly to 0
-At the end:
-    4. centre   the mean score of the demonstrations goes into the config as `score_mean`, and
-                `last_token_scores` subtracts it: a score of 0 then means "like a demonstration"
+    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
+                in the last
+At the end, if there are demonstrations:
+    4. centre   their mean score goes into the config as `score_mean`, and `score_head` subtracts it
+                from then on: a score of 0 means "like the average demonstration"
 
 One process:    python reward_model.py
-Eight GPUs:     torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft/model \\
-                    --dataset my_pairs.jsonl
+Eight GPUs:     torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft/model \
+                    --dataset my_pairs.jsonl --lr 2e-5
 
-Shapes: B pairs in a micro-batch, 2B sequences (the chosen first), T tokens, d hidden width.
+Shapes: B pairs in a micro-batch, N = 2B sequences (the chosen first), T tokens, d hidden width.
 
 Sequences are padded on the right. Causal attention never looks ahead, so the real tokens cannot see
-the padding, whatever it holds: there is no attention mask, and positions count from 0.
+the padding, whatever it holds. The model itself is given no attention mask; ours only says how long
+each sequence is.
 
 Rules that you might not expect:
-    - The score is read at the last real token, found by the row's length and never by its ids.
-    - The head starts at N(0, 1/(d + 1)) and has no bias, because the plain class for sequence
-      classification has none. A model that has a head already, such as another reward model, keeps
-      it. The head is computed in fp32.
-    - A pair with a side longer than --max_length is left out and counted, never cut.
-    - `margin`, in units of the score, is a column of the data; without it the margin is 0.
-    - During training, and in the logged scores, nothing is subtracted: `score_mean` is 0 until the
-      end. A constant added to all scores does not change the loss.
-    - Accuracy counts a tie as half. Dropout is off.
-    - Without --eval_dataset one row in twenty is held out, and copies of it are not trained on. It
-      is evaluated before the first step, every --eval_every steps, and at the end.
-    - With --compile each transformer layer is compiled, and nothing else is.
+    - The score is read at the last real token, which is the EOS. It is found by the length of the
+      sequence, never by its ids.
+    - The head starts at N(0, 1/(d + 1)) and has no bias, because AutoModelForSequenceClassification
+      has none. A model that has a head already, such as another reward model, keeps it.
+    - Where a row has no prompt, or a text beside conversations, each side is taken to be the whole
+      conversation, whose last message is the response.
+    - A pair with a side longer than --max_length is dropped, never cut, and so is a demonstration.
+      How many were dropped is printed.
+    - The column `margin`, in units of the score, is subtracted inside the loss alone. The metrics
+      rm/accuracy and rm/margin are about the difference of the scores without it; a tie counts as
+      half in the accuracy.
+    - `score_mean` is 0 during training. The loss would not notice a constant added to all scores.
+    - Without --eval_dataset one row in twenty is held out, drawn by the seed, and exact copies of
+      these rows are not trained on either.
+    - Held-out pairs are evaluated before the first step, every --eval_every steps, and at the end.
+    - Models are loaded in fp32 and without dropout. Under --precision bf16 the hidden states are in
+      bf16; the scores and the loss are computed in fp32, and weights and optimizer state stay fp32.
+    - With --compile, which is the default on CUDA, each transformer layer is compiled, and nothing
+      else is.
+
+What the helpers from utils.py do, as far as the algorithm needs them:
+    encode_pair(prompt, response)    token ids of both and EOS, in one list
+    global_batches                   row numbers of each step, in a new order each epoch
+    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
+      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    pack_rows(input_ids, mask)       every row's real tokens moved to the left, and their number
+    wrap(model, ranks)               DDP around it, if there are several ranks
+    Means                            exact means by name, over micro-batches and ranks
 """
 
 import math
@@ -49,7 +68,7 @@ from transformers import AutoModelForSequenceClassification
 
 from utils import Means, Run, UserError, autocast, check_at_least, check_divides, check_positions
 from utils import check_shared_flags, compile_layers, encode_pair, fit_to_tokenizer, global_batches
-from utils import gradient_step, hold_out, init_ranks, launch, load_pretrained, load_rows
+from utils import clear_gradients, hold_out, init_ranks, launch, load_pretrained, load_rows
 from utils import load_tokenizer, newest_run, pack_rows, pad_right, progress, resolve_args
 from utils import save_pretrained, split_by_length, to_device, wrap
 
@@ -57,7 +76,7 @@ from utils import save_pretrained, split_by_length, to_device, wrap
 @dataclass
 class Args:
     model: str | None = None
-    """what is trained: a Hub name or a folder; none: the newest finished run of sft.py"""
+    """the model to train: a Hub name or a folder; none: the newest finished run of sft.py"""
     dataset: str = "data/randomwalks/preferences.jsonl"
     """rows with prompt+chosen+rejected, or chosen+rejected with the prompt inside both; optionally
     margin, in units of the score"""
@@ -67,7 +86,7 @@ class Args:
     """rows with prompt+completion whose mean score becomes 0; none: demonstrations.jsonl beside
     --dataset if it is there, else scores are not centred"""
     max_rows: int | None = None
-    """use only the first so many rows of --dataset; none: all of them"""
+    """use only this many rows, the first ones, of --dataset; none: all rows"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/reward_model__<seed>__<time>"""
     seed: int = 1
@@ -83,9 +102,9 @@ class Args:
     max_length: int = 512
     """tokens of prompt and response together; pairs with a longer side are left out and counted"""
     lr: float = 1e-3
-    """learning rate of the first step; decays linearly to 0"""
+    """learning rate of the first step (for the small task; about 2e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """gradients of a larger global norm are scaled down to it; 0: never"""
+    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
     use_margin: bool = True
     """subtract the column margin inside the loss, where the rows have one"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -99,7 +118,7 @@ class Args:
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: none"""
     resume: str | None = None
-    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
     """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
@@ -126,18 +145,19 @@ def preference_loss(chosen_scores, rejected_scores, margin=None):
 
 
 def score_head(model, hidden):
-    """Scores (...) in fp32 of hidden states (..., d): the linear head, less the config's centre."""
+    """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
+    # A product and a sum, because autocast would run a matrix product in bf16.
     weight = model.score.weight[0].float()
     scores = (hidden.float() * weight).sum(-1)
     return scores - getattr(model.config, "score_mean", 0.0)
 
 
 def last_token_scores(model, input_ids, attention_mask):
-    """The score (B,), in fp32, of each row at its last real token.
+    """The score (N,), in fp32, of each sequence at its last real token.
 
-    model: a plain AutoModelForSequenceClassification with one label. input_ids (B,T);
-    attention_mask (B,T): which tokens are real, whatever side the padding is on and whatever ids it
-    holds, because the rows are packed to the left first.
+    model: a plain AutoModelForSequenceClassification with one label. input_ids (N,T);
+    attention_mask (N,T): which tokens are real, whatever side the padding is on and whatever ids it
+    holds, because the sequences are packed to the left first.
     """
     input_ids, lengths = pack_rows(input_ids, attention_mask)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
@@ -165,10 +185,11 @@ def load_comparisons(path, tokenizer, args, max_rows=None):
     rows = []
     for number, row in enumerate(load_rows(path, [("chosen", "rejected")], max_rows), start=1):
         margin = row.get("margin", 0.0) if args.use_margin else 0.0
-        if not isinstance(margin, int | float) or not abs(margin) < 1e30:
+        if not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"{path}: row {number}: margin is {margin!r}, not a finite number")
         prompt = row.get("prompt", "")
         try:
+            # Prompt, response and EOS in one list.
             chosen = encode_pair(tokenizer, prompt, row["chosen"])
             rejected = encode_pair(tokenizer, prompt, row["rejected"])
         except Exception as error:  # Chat templates refuse conversations in many ways.
@@ -200,15 +221,23 @@ def load_data(args, tokenizer):
 
 
 def encode_demonstrations(args, tokenizer):
-    """Token ids of the demonstrations that fit; none where there is no file of them."""
+    """Token ids of the demonstrations that fit; an empty list where there is no file of them."""
+    path = args.demonstrations
     beside = Path(args.dataset).with_name("demonstrations.jsonl")
-    if args.demonstrations is None and beside.is_file():
-        args.demonstrations = str(beside)
-    if args.demonstrations is None:
+    if path is None and beside.is_file():
+        path = str(beside)
+    if path is None:
         return []
-    rows = load_rows(args.demonstrations, [("prompt", "completion")])
+    rows = load_rows(path, [("prompt", "completion")])
     encoded = [encode_pair(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    return [ids for ids in encoded if len(ids) <= args.max_length]
+    kept = [ids for ids in encoded if len(ids) <= args.max_length]
+    if len(kept) < len(encoded):
+        left_out = f"left out {len(encoded) - len(kept)} of {len(encoded)} demonstrations"
+        print(f"{path}: {left_out} longer than {args.max_length} tokens")
+    if not kept:
+        reason = f"every one is longer than --max_length {args.max_length}"
+        raise UserError(f"{path}: no demonstration is left; {reason}")
+    return kept
 
 
 def collate(sequences, pad_id):
@@ -222,48 +251,49 @@ def collate(sequences, pad_id):
 # Training
 
 
-def batch_loss(model, rows, means, tokenizer, device):
-    """The summed loss of some pairs, 0-d; adds what is logged to `means`."""
-    pad_id = tokenizer.eos_token_id
-    # A rank that gets no row of an epoch's last batch still has to exchange gradients.
-    is_real = torch.full((max(len(rows), 1),), len(rows) > 0, device=device)
-    rows = rows or [{"chosen": [pad_id], "rejected": [pad_id], "margin": 0.0}]
+def micro_batch_loss(scorer, rows, means, pad_id, device):
+    """The summed loss of a micro-batch of pairs, 0-d; adds what is logged to `means`."""
+    has_rows = len(rows) > 0
+    if not has_rows:
+        # A rank without rows still takes part, with a pair that counts 0: the others wait for it.
+        rows = [{"chosen": [pad_id], "rejected": [pad_id], "margin": 0.0}]
+    counts = torch.full((len(rows),), has_rows, device=device)
 
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     batch = to_device(collate(sequences, pad_id), device)
     margin = torch.tensor([row["margin"] for row in rows], device=device)
-    chosen_scores, rejected_scores = model(**batch).chunk(2)
+    chosen_scores, rejected_scores = scorer(**batch).chunk(2)
     losses = preference_loss(chosen_scores, rejected_scores, margin)
 
     difference = chosen_scores - rejected_scores
     accuracy = 0.5 + 0.5 * torch.sign(difference)
-    stats = {"rm/loss": losses, "rm/accuracy": accuracy, "rm/margin": difference}
-    means.add(stats, is_real)
-    return torch.where(is_real, losses, 0).sum()
+    means.add({"rm/loss": losses, "rm/accuracy": accuracy, "rm/margin": difference}, counts)
+    return (losses * counts).sum()
 
 
 @torch.no_grad()
-def evaluate(model, rows, args, ranks, **options):
+def evaluate(scorer, rows, pad_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = Means()
     lengths = [pair_length(row) for row in rows]
     for group in split_by_length(lengths, args.micro_batch_size, ranks):
+        part = [rows[i] for i in group]
         with autocast(args, ranks.device):
-            batch_loss(model, [rows[i] for i in group], means, device=ranks.device, **options)
+            micro_batch_loss(scorer, part, means, pad_id, ranks.device)
     return {f"eval/{name}": value for name, value in means.over_ranks().items()}
 
 
 @torch.no_grad()
-def mean_score(scorer, sequences, args, tokenizer, ranks):
-    """The mean score of rows of token ids, over all ranks."""
+def mean_score(scorer, sequences, pad_id, args, ranks):
+    """The mean score of lists of token ids, over all ranks."""
     means = Means()
     lengths = [len(ids) for ids in sequences]
     for group in split_by_length(lengths, 2 * args.micro_batch_size, ranks):
-        part = [sequences[i] for i in group] or [[tokenizer.eos_token_id]]
-        is_real = torch.full((len(part),), len(group) > 0, device=ranks.device)
-        batch = to_device(collate(part, tokenizer.eos_token_id), ranks.device)
+        part = [sequences[i] for i in group] or [[pad_id]]
+        counts = torch.full((len(part),), len(group) > 0, device=ranks.device)
+        batch = to_device(collate(part, pad_id), ranks.device)
         with autocast(args, ranks.device):
-            means.add({"score": scorer(**batch)}, is_real)
+            means.add({"score": scorer(**batch)}, counts)
     return means.over_ranks()["score"]
 
 
@@ -275,7 +305,7 @@ def check_flags(args):
 
 
 def load_model(args, tokenizer, rows):
-    """The model with its score head, checked to be long enough for all rows."""
+    """The model with its score head, refused if a side is longer than it has positions."""
     kind = AutoModelForSequenceClassification
     model, missing = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
     longest = max(pair_length(row) for row in rows)
@@ -306,7 +336,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
-    options = {"tokenizer": tokenizer}
+    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
 
     run = Run(args, ranks, "reward_model")
     state = {"model": model, "optimizer": optimizer}
@@ -318,30 +348,33 @@ def main(args):
     means = Means()
     metrics = {}
     if done == 0 and eval_rows:
-        metrics = evaluate(scorer, eval_rows, args, ranks, **options)
+        metrics = evaluate(scorer, eval_rows, pad_id, args, ranks)
         run.log(0, metrics, shown)
 
     for step in progress(done, num_steps, ranks, "reward_model"):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]
-        groups = split_by_length([pair_length(row) for row in batch], args.micro_batch_size, ranks)
+        lengths = [pair_length(row) for row in batch]
+        groups = split_by_length(lengths, args.micro_batch_size, ranks)
 
         # 2. Loss: the sum over all ranks divided by their number of pairs.
         for i, group in enumerate(groups):
-            # With several ranks, gradients are exchanged in the last backward only.
-            train_model.require_backward_grad_sync = i == len(groups) - 1
+            # With several ranks, DDP exchanges gradients in the last backward only.
+            train_model.require_backward_grad_sync = i + 1 == len(groups)
+            part = [batch[j] for j in group]
             with autocast(args, ranks.device):
-                loss_sum = batch_loss(
-                    train_model, [batch[j] for j in group], means, device=ranks.device, **options
-                )
-            # DDP averages over ranks; times their number, the average is the sum.
+                loss_sum = micro_batch_loss(train_model, part, means, pad_id, ranks.device)
+            # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss_sum * ranks.world_size / len(batch)).backward()
 
-        # 3. Update.
+        # 3. Update: clip the gradient's norm over all parameters, step, and start from zero again.
         lr = args.lr * (1 - (step - 1) / num_steps)
         optimizer.param_groups[0]["lr"] = lr
-        grad_norm = gradient_step(model, optimizer, args.max_grad_norm)
+        max_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        clear_gradients(optimizer)
 
         # Log, evaluate, save.
         evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
@@ -353,14 +386,14 @@ def main(args):
             metrics |= {"train/rm/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
             means = Means()
             if evaluates:
-                metrics |= evaluate(scorer, eval_rows, args, ranks, **options)
+                metrics |= evaluate(scorer, eval_rows, pad_id, args, ranks)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)
 
     # 4. Centre.
     if demonstrations:
-        model.config.score_mean = mean_score(scorer, demonstrations, args, tokenizer, ranks)
+        model.config.score_mean = mean_score(scorer, demonstrations, pad_id, args, ranks)
     if ranks.is_main:
         save_pretrained(run.folder / "model", model, tokenizer)
         accuracy = metrics.get("eval/rm/accuracy")

@@ -1,19 +1,21 @@
-"""Supervised fine-tuning on demonstrations, the first stage of RLHF.
+r"""Supervised fine-tuning on demonstrations, the first stage of RLHF.
 
-Stiennon et al. 2020, "Learning to summarize from human feedback"; Ouyang et al. 2022,
-"InstructGPT".
+Stiennon et al. 2020, "Learning to summarize from human feedback"; Ouyang et al. 2022, "Training
+language models to follow instructions with human feedback".
 
 Each step:
     1. batch    rows of (prompt, completion): the token ids of both joined, one EOS at the end
     2. loss     cross-entropy of each completion token, EOS included, given all tokens before it;
                 the sum over the batch is divided by the number of these tokens on all ranks
-    3. update   AdamW, with a learning rate that decays linearly to 0
+    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
+                in the last
 
 One process:    python sft.py
-Eight GPUs:     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M \\
-                    --dataset my_rows.jsonl
+Eight GPUs:     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M \
+                    --dataset my_rows.jsonl --batch_size 64 --lr 2e-5
 
-Shapes: B rows in a micro-batch, T tokens, V vocabulary, L last positions whose logits are needed.
+Shapes: B rows in a micro-batch, T tokens, V vocabulary, L last positions, of which logits are
+computed.
 
 Rows are padded on the right with more EOS tokens. Causal attention never looks ahead, so the real
 tokens cannot see the padding: there is no attention mask, positions count from 0, and the padding
@@ -21,14 +23,29 @@ has no label.
 
 Rules that you might not expect:
     - Prompt tokens carry no loss (Stiennon et al. train on them too). A row of plain `text` has no
-      prompt, and of a conversation every assistant turn is a row of its own.
-    - A row longer than --max_length is left out and counted, never cut: a cut row would teach the
-      model not to end.
-    - A completion that holds an EOS ends there. Prompt and completion are tokenised apart.
-    - Dropout is off. A completion token counts the same whatever row, micro-batch or rank it is in.
-    - Without --eval_dataset one row in twenty is held out, and copies of it are not trained on. The
-      held-out loss is measured before the first step, every --eval_every steps, and at the end.
-    - With --compile each transformer layer and `token_loss` are compiled, and nothing else is.
+      prompt; its first token has no loss, because nothing stands before it.
+    - Each assistant turn of a conversation becomes a row of its own, whose prompt is all that was
+      said before.
+    - Prompt and completion are tokenised apart, and EOS is added to the completion. A completion
+      that holds an EOS already ends at its first one.
+    - A row longer than --max_length is dropped, never cut, because a cut row would teach the model
+      not to end. How many were dropped is printed.
+    - A completion token counts the same whatever row, micro-batch or rank it is in.
+    - Without --eval_dataset one row in twenty is held out, drawn by the seed, and exact copies of
+      these rows are not trained on either.
+    - Held-out rows are evaluated before the first step, every --eval_every steps, and at the end.
+    - Models are loaded in fp32 and without dropout. Under --precision bf16 the logits are in bf16;
+      the loss is computed in fp32, and weights and optimizer state stay fp32.
+    - With --compile, which is the default on CUDA, each transformer layer and `token_loss` are
+      compiled, and nothing else is.
+
+What the helpers from utils.py do, as far as the algorithm needs them:
+    encode_prompt, encode_response   token ids of the two; the response ends with EOS
+    global_batches                   row numbers of each step, in a new order each epoch
+    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
+      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    wrap(model, ranks)               DDP around it, if there are several ranks
+    Means                            exact means by name, over micro-batches and ranks
 """
 
 import math
@@ -48,7 +65,7 @@ from utils import (
     encode_response,
     fit_to_tokenizer,
 )
-from utils import global_batches, gradient_step, hold_out, init_ranks, launch, load_pretrained
+from utils import clear_gradients, global_batches, hold_out, init_ranks, launch, load_pretrained
 from utils import load_rows, load_tokenizer, pad_right, progress, resolve_args, save_pretrained
 from utils import split_by_length, to_device, wrap
 
@@ -56,14 +73,15 @@ from utils import split_by_length, to_device, wrap
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """what is trained: a Hub name or a folder; a folder with only a config: from random weights"""
+    """the model to train: a Hub name or a folder; of a folder that holds only a config, the weights
+    are random"""
     dataset: str = "data/randomwalks/demonstrations.jsonl"
     """rows with prompt+completion, text, or messages: a .json, .jsonl or .parquet file, a folder of
     them, or a Hub name"""
     eval_dataset: str | None = None
     """held-out rows of the same kind; none: one in twenty rows of --dataset, not trained on"""
     max_rows: int | None = None
-    """use only the first so many rows of --dataset; none: all of them"""
+    """use only this many rows, the first ones, of --dataset; none: all rows"""
     output_dir: str | None = None
     """the run folder, which must not exist yet; none: runs/sft__<seed>__<time>"""
     seed: int = 1
@@ -79,9 +97,9 @@ class Args:
     max_length: int = 512
     """tokens of prompt and completion together; longer rows are left out and counted"""
     lr: float = 1e-3
-    """learning rate of the first step; decays linearly to 0"""
+    """learning rate of the first step (for the small task; about 2e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """gradients of a larger global norm are scaled down to it; 0: never"""
+    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what forward and backward compute in; weights, optimizer state and the loss stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -93,7 +111,7 @@ class Args:
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: none"""
     resume: str | None = None
-    """a run folder: go on from its newest checkpoint, with its own arguments"""
+    """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
     """how long a rank waits for the others before the job fails"""
     track: Literal["none", "wandb", "tensorboard"] = "none"
@@ -107,16 +125,13 @@ class Args:
 def token_loss(logits, labels):
     """Summed cross-entropy of the next token, in nats, and the number of tokens in the sum.
 
-    logits (B,T,V). labels (B,T): the input ids, or -100 where no loss is wanted. This function does
-    the shift: the logits at position t predict the label at t + 1. Both results are 0-d; the sum is
-    in fp32, or in fp64 for fp64 logits.
+    logits (B,L,V). labels (B,L): the input ids at the same positions, or -100 where no loss is
+    wanted. This function does the shift: the logits at position t predict the label at t + 1. Both
+    results are 0-d, the sum in fp32.
     """
-    logits = logits[:, :-1]
-    labels = labels[:, 1:]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss_sum = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
+    logits = logits[:, :-1].float().flatten(0, 1)
+    labels = labels[:, 1:].flatten()
+    loss_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     token_count = (labels != -100).sum()
     return loss_sum, token_count
 
@@ -144,6 +159,7 @@ def load_demonstrations(path, tokenizer, args, max_rows=None):
         try:
             for prompt, completion in prompts_and_completions(row):
                 prompt_ids = encode_prompt(tokenizer, prompt)
+                # Ends with EOS. The prompt is needed only to render a conversation.
                 completion_ids = encode_response(tokenizer, prompt, completion)
                 labels = [-100] * len(prompt_ids) + completion_ids
                 rows.append({"input_ids": prompt_ids + completion_ids, "labels": labels})
@@ -172,27 +188,28 @@ def load_data(args, tokenizer):
 
 
 def collate(rows, pad_id):
-    """A batch of rows: input_ids (B,T), and labels (B,L) of the last L positions, on the CPU.
+    """Rows as tensors on the CPU: input_ids (B,T), and labels (B,L) of the last L positions.
 
-    The L positions begin right before the first label of any row, because no other logits are read.
+    The logits at position t predict the token at t + 1, so the earliest logits that are needed are
+    those just before the earliest label of all rows.
     """
-    if not rows:
-        # A rank that gets no row of an epoch's last batch still has to exchange gradients.
-        rows = [{"input_ids": [pad_id], "labels": [-100]}]
     input_ids = pad_right([row["input_ids"] for row in rows], pad_id)
     labels = pad_right([row["labels"] for row in rows], -100)
     has_label = (labels != -100).any(dim=0)
-    first = has_label.int().argmax().item()
-    return {"input_ids": input_ids, "labels": labels[:, max(first - 1, 0) :]}
+    earliest = has_label.int().argmax().item()  # 0 where there is no label at all.
+    return {"input_ids": input_ids, "labels": labels[:, max(earliest - 1, 0) :]}
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
 
-def batch_loss(model, rows, means, loss_fn, tokenizer, device):
-    """The summed loss of some rows, 0-d; adds what is logged to `means`."""
-    batch = to_device(collate(rows, tokenizer.eos_token_id), device)
+def micro_batch_loss(model, rows, means, loss_fn, pad_id, device):
+    """The summed loss of a micro-batch of rows, 0-d; adds what is logged to `means`."""
+    if not rows:
+        # A rank without rows still takes part, with one token and no label: the others wait for it.
+        rows = [{"input_ids": [pad_id], "labels": [-100]}]
+    batch = to_device(collate(rows, pad_id), device)
     num_logits = batch["labels"].shape[1]
     output = model(batch["input_ids"], use_cache=False, logits_to_keep=num_logits)
     loss_sum, token_count = loss_fn(output.logits, batch["labels"])
@@ -201,13 +218,14 @@ def batch_loss(model, rows, means, loss_fn, tokenizer, device):
 
 
 @torch.no_grad()
-def evaluate(model, rows, args, ranks, **options):
+def evaluate(model, rows, loss_fn, pad_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = Means()
     lengths = [len(row["input_ids"]) for row in rows]
     for group in split_by_length(lengths, args.micro_batch_size, ranks):
+        part = [rows[i] for i in group]
         with autocast(args, ranks.device):
-            batch_loss(model, [rows[i] for i in group], means, device=ranks.device, **options)
+            micro_batch_loss(model, part, means, loss_fn, pad_id, ranks.device)
     return {f"eval/{name}": value for name, value in means.over_ranks().items()}
 
 
@@ -219,7 +237,7 @@ def check_flags(args):
 
 
 def load_model(args, tokenizer, rows):
-    """The language model, checked to be long enough for all rows."""
+    """The language model, refused if a row is longer than it has positions."""
     model, _ = load_pretrained(AutoModelForCausalLM, args.model)
     longest = max(len(row["input_ids"]) for row in rows)
     check_positions(model.config, longest, "--max_length", args.model)
@@ -244,7 +262,7 @@ def main(args):
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
     loss_fn = torch.compile(token_loss, dynamic=True) if args.compile else token_loss
-    options = {"loss_fn": loss_fn, "tokenizer": tokenizer}
+    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
 
     run = Run(args, ranks, "sft")
     state = {"model": model, "optimizer": optimizer}
@@ -255,33 +273,34 @@ def main(args):
     means = Means()
     metrics = {}
     if done == 0 and eval_rows:
-        metrics = evaluate(model, eval_rows, args, ranks, **options)
+        metrics = evaluate(model, eval_rows, loss_fn, pad_id, args, ranks)
         run.log(0, metrics, shown)
 
     for step in progress(done, num_steps, ranks, "sft"):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]
-        groups = split_by_length(
-            [len(row["input_ids"]) for row in batch], args.micro_batch_size, ranks
-        )
+        lengths = [len(row["input_ids"]) for row in batch]
+        groups = split_by_length(lengths, args.micro_batch_size, ranks)
 
         # 2. Loss: the sum over all ranks divided by their number of completion tokens.
         num_tokens = max(sum(label != -100 for row in batch for label in row["labels"][1:]), 1)
         for i, group in enumerate(groups):
-            # With several ranks, gradients are exchanged in the last backward only.
-            train_model.require_backward_grad_sync = i == len(groups) - 1
+            # With several ranks, DDP exchanges gradients in the last backward only.
+            train_model.require_backward_grad_sync = i + 1 == len(groups)
+            part = [batch[j] for j in group]
             with autocast(args, ranks.device):
-                loss_sum = batch_loss(
-                    train_model, [batch[j] for j in group], means, device=ranks.device, **options
-                )
-            # DDP averages over ranks; times their number, the average is the sum.
+                loss_sum = micro_batch_loss(train_model, part, means, loss_fn, pad_id, ranks.device)
+            # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss_sum * ranks.world_size / num_tokens).backward()
 
-        # 3. Update.
+        # 3. Update: clip the gradient's norm over all parameters, step, and start from zero again.
         lr = args.lr * (1 - (step - 1) / num_steps)
         optimizer.param_groups[0]["lr"] = lr
-        grad_norm = gradient_step(model, optimizer, args.max_grad_norm)
+        max_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        clear_gradients(optimizer)
 
         # Log, evaluate, save.
         evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
@@ -293,7 +312,7 @@ def main(args):
             metrics |= {"train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
             means = Means()
             if evaluates:
-                metrics |= evaluate(model, eval_rows, args, ranks, **options)
+                metrics |= evaluate(model, eval_rows, loss_fn, pad_id, args, ranks)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)

@@ -639,17 +639,24 @@ def copy_weights(source, target):
         ours.copy_(theirs)
 
 
-def compile_layers(model):
-    """Compile each transformer layer, for rows of any length; embeddings and heads stay eager."""
+def compile_layers(*models):
+    """Compile each transformer layer of the models, for rows of any length; None is left alone.
+
+    Embeddings and heads stay as they are.
+    """
     # Every layer counts as a compilation, and so do the first changes of length; the limit is 8.
     torch.compiler.config.recompile_limit = 256
     # DDP would cut each layer into pieces, which fails for lengths that change.
     torch._dynamo.config.optimize_ddp = False
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(f"--compile: finds no layers in {type(model).__name__}; use --no-compile")
-    for layer in layers:
-        layer.compile(dynamic=True)
+    for model in models:
+        if model is None:
+            continue
+        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        if not layers:
+            name = type(model).__name__
+            raise UserError(f"--compile: finds no layers in {name}; use --no-compile")
+        for layer in layers:
+            layer.compile(dynamic=True)
 
 
 def wrap(module, ranks):
@@ -662,14 +669,6 @@ def wrap(module, ranks):
 def autocast(args, device):
     """The context of every forward: bf16 where --precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def gradient_step(module, optimizer, max_grad_norm):
-    """Clip the gradients to a global norm (0: never), step, and clear them. Returns the norm."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
-    optimizer.step()
-    clear_gradients(optimizer)
-    return grad_norm
 
 
 def clear_gradients(optimizer):
@@ -784,6 +783,13 @@ def check_at_least(args, least, *names):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"--{name} {value}: must be at least {least} and finite")
+
+
+def check_finite(args, *names):
+    """Refuse flags that are infinite or NaN."""
+    for name in names:
+        if not math.isfinite(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: must be finite")
 
 
 def check_above_zero(args, *names):
