@@ -1,31 +1,43 @@
-"""Masked statistics against numpy and against two ranks; data files, model folders and run folders, good and bad."""
+"""What the scripts share: statistics over ranks, data, tokens, models, batches, flags, folders."""
 
-import functools
+import contextlib
+import copy
+import datetime
 import json
 import math
 import os
 import re
-import sys
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.utils import fresh_cache, run_and_get_code
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, StaticCache
-from transformers.integrations import sdpa_attention
+import torch.distributed as dist
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+)
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-import ilql_rlhf
-import ppo_rlhf
-import reward_model
-import sft
 import utils
+from conftest import FAMILIES, GROUPED, SMALL, WIDE, build_tokenizer, read_jsonl, write_jsonl
 
-ONE = utils.Ranks(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.fast
+
+CPU = torch.device("cpu")
+ONE = utils.Ranks(0, 1, CPU)
+EOS = 1
 NAN = float("nan")
 
 
@@ -34,12 +46,168 @@ class Args:
     """What utils asks of any script's arguments."""
 
     model: str = "some/model"
+    dataset: str = "data/some/rows.jsonl"
     seed: int = 1
+    batch_size: int = 8
+    micro_batch_size: int = 4
     lr: float = 1e-3
+    max_grad_norm: float = 1.0
+    betas: tuple[float, ...] = (0.0, 1.0)
+    price: float | None = None
+    precision: str = "fp32"
     output_dir: str | None = None
     resume: str | None = None
     track: str = "none"
     save_every: int = 0
+    timeout_minutes: float = 60
+
+
+def refused(match, function, *args, **options):
+    """The function ends in a UserError whose first line, which `launch` prints, matches."""
+    with pytest.raises(utils.UserError) as caught:
+        function(*args, **options)
+    assert re.search(match, str(caught.value).splitlines()[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes and seeds
+
+
+def test_ranks_cannot_be_changed():
+    assert ONE.is_main
+    assert not utils.Ranks(1, 2, CPU).is_main
+    with pytest.raises(FrozenInstanceError):
+        ONE.rank = 1
+
+
+def test_launch_turns_a_user_error_into_one_line(capsys):
+    def main(args):
+        raise utils.UserError(f"{args}: wrong\nand more that nobody needs")
+
+    with pytest.raises(SystemExit) as caught:
+        utils.launch(main, "this")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: this: wrong\n"
+    with pytest.raises(ZeroDivisionError):  # A mistake of ours keeps its traceback.
+        utils.launch(lambda args: 1 / 0, None)
+
+
+@pytest.mark.parametrize(("connected", "lines"), [(False, 0), (True, 1)])
+def test_ranks_that_are_not_connected_yet_leave_the_message_to_the_first(
+    connected, lines, monkeypatch, capsys
+):
+    def main(args):
+        raise utils.UserError("wrong")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(dist, "is_initialized", lambda: connected)
+    with pytest.raises(SystemExit):
+        utils.launch(main, None)
+    assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize("error", [None, utils.UserError("wrong"), ZeroDivisionError()])
+def test_launch_leaves_the_process_group_after_success_only(error, monkeypatch):
+    """To leave it a rank waits for the others, which may be waiting for one that failed."""
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("the group"))
+
+    def main(args):
+        if error:
+            raise error
+
+    expected = pytest.raises((SystemExit, ZeroDivisionError)) if error else contextlib.nullcontext()
+    with expected:
+        utils.launch(main, None)
+    assert left == ([] if error else ["the group"])
+
+
+def test_launch_alone_has_no_process_group_to_leave():
+    utils.launch(lambda args: None, None)
+
+
+@pytest.mark.parametrize("name", ["there", "file/run"])
+def test_a_run_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, name):
+    """Another run of one seed made it in the same second, or a file is in its way."""
+    (tmp_path / "there" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").touch()
+
+    def main(args):
+        utils.Run(args, ONE, "ppo_rlhf")
+
+    with pytest.raises(SystemExit) as caught:
+        utils.launch(main, Args(output_dir=str(tmp_path / name)))
+    error = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert error.startswith("error: ")
+    assert str(tmp_path / name) in error
+    assert error.count("\n") == 1
+
+
+def test_a_process_without_torchrun_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.init_ranks() == ONE
+
+
+def test_init_ranks_waits_as_long_as_it_is_told(monkeypatch):
+    joined = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kw: joined.append((args, kw)))
+    utils.init_ranks(timeout_minutes=1.5)
+    timeout = datetime.timedelta(seconds=90)
+    assert joined == [(("gloo",), {"timeout": timeout, "device_id": None})]
+
+
+def test_attention_is_not_cudnns(monkeypatch):
+    """With a mask its gradients are NaN at some lengths on H100 and H200 (pytorch issue 196678)."""
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        ranks = utils.init_ranks()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.get_float32_matmul_precision() == "high"
+        assert ranks.device == torch.device("cuda", 1)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_seeded_depends_on_the_key_alone():
+    torch.manual_seed(0)
+    first = torch.rand(4, generator=utils.seeded(1, "order", 2))
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert torch.equal(first, torch.rand(4, generator=utils.seeded(1, "order", 2)))
+    for key in [(2, "order", 2), (1, "other", 2), (1, "order", 3), (1, "order"), ("1", "order", 2)]:
+        assert not torch.equal(first, torch.rand(4, generator=utils.seeded(*key)))
+
+
+def test_a_stopwatch_gives_a_lap_the_seconds_since_the_one_before(monkeypatch):
+    times = iter([10.0, 13.0, 20.0])
+    monkeypatch.setattr(utils.Stopwatch, "now", lambda self: next(times))
+    watch = utils.Stopwatch(CPU)
+    watch.lap("rollout")
+    watch.lap("update")
+    assert watch.laps == {"rollout": 3.0, "update": 7.0}
+
+
+def test_check_divides():
+    flags = "--batch_size by the number of ranks"
+    utils.check_divides(4, 8, flags)
+    for divisor, number in [(3, 8), (0, 8), (2, 0)]:
+        refused(re.escape(flags), utils.check_divides, divisor, number, flags)
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics over processes
 
 
 def sample(seed, shape, fraction=0.6):
@@ -50,16 +218,14 @@ def sample(seed, shape, fraction=0.6):
     return torch.where(mask, x, NAN), mask
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Masked statistics
-
-
 def test_masked_mean_is_the_mean_of_the_true_entries():
     x, mask = sample(0, (5, 7))
     mean = utils.masked_mean(x, mask)
-    assert mean.shape == () and mean.dtype == x.dtype
+    assert mean.shape == ()
+    assert mean.dtype == x.dtype
     assert abs(mean.item() - x.numpy()[mask.numpy()].mean()) < 1e-12
-    assert abs(mean.item() - torch.nan_to_num(x).mean().item()) > 0.1  # padding as zeros would be another number
+    with_zeros = torch.nan_to_num(x).mean()
+    assert abs(mean.item() - with_zeros.item()) > 0.1
 
 
 def test_masked_mean_of_nothing_is_zero_and_carries_no_gradient():
@@ -74,28 +240,34 @@ def test_whiten_against_numpy(shift_mean):
     whitened = utils.whiten(x, mask, shift_mean=shift_mean)
     valid = x.numpy()[mask.numpy()]
     offset = 0 if shift_mean else valid.mean()
-    expected, sample_std = (valid - valid.mean()) / valid.std() + offset, valid.std(ddof=1)
+    expected = (valid - valid.mean()) / valid.std() + offset
+    unbiased = (valid - valid.mean()) / valid.std(ddof=1) + offset
     assert np.abs(whitened.numpy()[mask.numpy()] - expected).max() < 1e-7
-    assert np.abs((valid - valid.mean()) / sample_std + offset - expected).max() > 1e-3  # the unbiased one is another
+    assert np.abs(unbiased - expected).max() > 1e-3
     assert (whitened[~mask] == 0).all()
 
 
 def test_whiten_has_zero_mean_unit_variance_and_keeps_the_mean_when_asked():
     x, mask = sample(2, (8, 8))
-    shifted, unshifted = utils.whiten(x, mask), utils.whiten(x, mask, shift_mean=False)
-    assert abs(shifted[mask].mean()) < 1e-12 and abs(shifted[mask].var(correction=0) - 1) < 1e-6
-    assert abs(unshifted[mask].mean() - x[mask].mean()) < 1e-12
-    assert abs(unshifted[mask].var(correction=0) - 1) < 1e-6
+    shifted = utils.whiten(x, mask)[mask]
+    unshifted = utils.whiten(x, mask, shift_mean=False)[mask]
+    assert abs(shifted.mean()) < 1e-12
+    assert abs(shifted.var(correction=0) - 1) < 1e-6
+    assert abs(unshifted.mean() - x[mask].mean()) < 1e-12
+    assert abs(unshifted.var(correction=0) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("num_valid", [0, 1])
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_is_finite_for_no_and_one_valid_entry(num_valid, shift_mean):
-    x, mask = torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)
+    x = torch.full((2, 3), NAN)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
     if num_valid:
-        x[1, 1], mask[1, 1] = 5.0, True
+        x[1, 1] = 5.0
+        mask[1, 1] = True
     whitened = utils.whiten(x, mask, shift_mean=shift_mean)
-    assert whitened.isfinite().all() and (whitened[~mask] == 0).all()
+    assert whitened.isfinite().all()
+    assert (whitened[~mask] == 0).all()
     assert whitened.dtype == torch.float32
     if num_valid:
         assert whitened[1, 1].item() == pytest.approx(0.0 if shift_mean else 5.0)
@@ -106,36 +278,61 @@ def test_means_over_micro_batches_are_means_over_entries():
     means.add({"a": torch.tensor([1.0, NAN])}, torch.tensor([True, False]))
     means.add({"a": torch.tensor([4.0, 4.0, 4.0]), "b": torch.tensor([1.0, 2.0, 1.5, 1.5])})
     means.add({"nothing": torch.tensor([NAN])}, torch.tensor([False]))
-    assert means.reduce() == {"a": 13 / 4, "b": 1.5, "nothing": 0.0}  # a mean of means would give 2.5 for a
+    expected = {"a": 13 / 4, "b": 1.5, "nothing": 0.0}  # A mean of means would give 2.5 for a.
+    assert means.over_ranks() == expected
+    assert means.over_ranks() == expected  # Asking changes nothing.
+
+
+def test_add_sum_is_add_of_the_entries_it_sums():
+    means = utils.Means()
+    means.add_sum("a", torch.tensor(6.0), torch.tensor(3))
+    means.add_sum("a", torch.tensor(2.0), torch.tensor(1))
+    means.add_sum("nothing", torch.tensor(0.0), torch.tensor(0))
+    assert means.over_ranks() == {"a": 2.0, "nothing": 0.0}
     means.add({"a": torch.tensor([7.0])})
-    assert means.reduce() == {"a": 7.0}  # reduce starts again
+    assert means.over_ranks()["a"] == 3.0
+
+
+def test_merge_adds_what_another_has_collected_and_leaves_it_alone():
+    means = utils.Means()
+    means.add({"a": torch.tensor([1.0])})
+    other = utils.Means()
+    other.add({"a": torch.tensor([4.0, 4.0, 4.0]), "b": torch.tensor([5.0])})
+    means.merge(other)
+    assert means.over_ranks() == {"a": 13 / 4, "b": 5.0}
+    means.add({"a": torch.tensor([1.0]), "b": torch.tensor([1.0])})
+    assert other.over_ranks() == {"a": 4.0, "b": 5.0}
+
+
+def test_means_of_nothing_at_all():
+    assert utils.Means().over_ranks() == {}
 
 
 def test_means_keep_no_graph():
     means = utils.Means()
     x = torch.ones(3, requires_grad=True)
     means.add({"a": x * 2})
-    assert not any(pair.requires_grad for pair in means.values())
-    assert means.reduce() == {"a": 2.0}
+    means.add_sum("b", (x * 2).sum(), torch.tensor(3))
+    assert not any(pair.requires_grad for pair in means.sums.values())
+    assert means.over_ranks() == {"a": 2.0, "b": 2.0}
 
 
-def test_seeded_depends_on_the_key_alone():
-    torch.manual_seed(0)
-    first = torch.rand(4, generator=utils.seeded(1, "order", 2))
-    torch.manual_seed(99)
-    torch.rand(3)
-    assert torch.equal(first, torch.rand(4, generator=utils.seeded(1, "order", 2)))
-    for key in [(2, "order", 2), (1, "other", 2), (1, "order", 3), (1, "order"), ("1", "order", 2)]:
-        assert not torch.equal(first, torch.rand(4, generator=utils.seeded(*key)))
+def test_means_do_not_lose_small_numbers_beside_large_ones():
+    means = utils.Means()
+    for x in (2.0**24, 1.0, 1.0):  # In fp32 the sum would stay at 2^24.
+        means.add({"a": torch.tensor([x])})
+        means.add_sum("b", torch.tensor(x), torch.tensor(1))
+    expected = (2.0**24 + 2) / 3
+    assert means.over_ranks() == {"a": expected, "b": expected}
 
 
-# Two ranks hold unequal parts of one table: 4 + 4 rows of which rank 1 masks most.
+# Two ranks hold unequal parts of one table: four rows each, of which rank 1 masks most.
 
 
 def table():
     x, mask = sample(3, (8, 6))
     mask[4:, 1:] = False
-    x[4:] += 10  # the ranks differ, so that statistics of one rank alone are far off
+    x[4:] += 10  # The ranks differ, so that statistics of one rank alone are far off.
     return x, mask
 
 
@@ -144,31 +341,40 @@ def statistics_of_one_rank(rank):
     means = utils.Means()
     for row, row_mask in zip(x, mask, strict=True):
         means.add({"x": row}, row_mask)
+    means.add_sum("sums", torch.tensor(rank + 1.0), torch.tensor(3 * rank + 1))
+    ranks = utils.init_ranks()
     return {
         "gathered": utils.all_gather(torch.arange(3) + 10 * rank).tolist(),
+        "summed": utils.sum_over_ranks(torch.tensor([[1.0, rank]])).tolist(),
         "mean": utils.masked_mean(x, mask).item(),
         "none": utils.masked_mean(x, torch.zeros_like(mask)).item(),
         "whitened": utils.whiten(x, mask).numpy(),
         "scaled": utils.whiten(x, mask, shift_mean=False).numpy(),
-        "means": means.reduce()["x"],
+        "means": means.over_ranks(),
+        "ranks": (ranks.rank, ranks.world_size),
     }
 
 
 def test_statistics_of_two_ranks_are_those_of_the_pooled_table(on_two_ranks):
     x, mask = table()
-    ranks = on_two_ranks(statistics_of_one_rank)
-    for rank in ranks:
-        assert rank["gathered"] == [0, 1, 2, 10, 11, 12] and rank["none"] == 0
-        assert abs(rank["mean"] - utils.masked_mean(x, mask).item()) < 1e-12
-        assert abs(rank["means"] - rank["mean"]) < 1e-12
+    answers = on_two_ranks(statistics_of_one_rank)
+    assert [answer["ranks"] for answer in answers] == [(0, 2), (1, 2)]
+    for answer in answers:
+        assert answer["gathered"] == [0, 1, 2, 10, 11, 12]
+        assert answer["summed"] == [[2.0, 1.0]]
+        assert answer["none"] == 0
+        assert abs(answer["mean"] - utils.masked_mean(x, mask).item()) < 1e-12
+        assert abs(answer["means"]["x"] - answer["mean"]) < 1e-12
+        assert answer["means"]["sums"] == 3 / 5
     for key, shift_mean in [("whitened", True), ("scaled", False)]:
         pooled = utils.whiten(x, mask, shift_mean=shift_mean).numpy()
-        assert np.abs(np.concatenate([rank[key] for rank in ranks]) - pooled).max() < 1e-12
+        both = np.concatenate([answer[key] for answer in answers])
+        assert np.abs(both - pooled).max() < 1e-12
     alone = utils.whiten(x[:4], mask[:4]).numpy()
-    assert np.abs(ranks[0]["whitened"] - alone).max() > 0.1  # whitening a rank by itself is something else
+    assert np.abs(answers[0]["whitened"] - alone).max() > 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data files
 
 ROWS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "ba", "completion": "d"}]
@@ -176,10 +382,10 @@ COLUMNS = [("prompt", "completion"), ("text",)]
 
 
 def write_rows(path, rows=ROWS):
-    """A file of the kind its suffix names."""
+    """A file of the kind that its suffix names."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
+        return write_jsonl(path, rows)
+    if path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
         datasets.Dataset.from_list(rows).to_parquet(path)
@@ -199,48 +405,63 @@ def test_load_rows_reads_a_folder_in_the_order_of_its_names(tmp_path):
     assert [dict(row) for row in utils.load_rows(str(tmp_path), COLUMNS)] == ROWS
 
 
-def refused(match, function, *args, **options):
-    """The function ends in a UserError whose first line, the one that `launch` prints, matches."""
-    with pytest.raises(utils.UserError) as caught:
-        function(*args, **options)
-    assert re.search(match, str(caught.value).splitlines()[0])
+def test_load_rows_keeps_the_first_rows_and_looks_at_no_others(tmp_path):
+    rows = [*ROWS, {"prompt": "ab", "completion": None}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    refused("row 3: completion is None", utils.load_rows, path, COLUMNS)
+    refused("row 3: completion is None", utils.load_rows, path, COLUMNS, max_rows=9)
+    assert [dict(row) for row in utils.load_rows(path, COLUMNS, max_rows=2)] == ROWS
+    assert [dict(row) for row in utils.load_rows(path, COLUMNS, max_rows=1)] == ROWS[:1]
 
 
-def test_load_rows_says_what_is_wrong(tmp_path):
-    refused("nowhere.jsonl: no such file", utils.load_rows, str(tmp_path / "nowhere.jsonl"), COLUMNS)
-    refused("nowhere: no such file", utils.load_rows, str(tmp_path / "nowhere"), COLUMNS)
-    refused(r"rows.jsonl: no such file", utils.load_rows, "rows.jsonl", COLUMNS)
-    other = write_rows(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}])
-    refused(r"other.jsonl: .*prompt\+completion or text; it has question, answer", utils.load_rows, other, COLUMNS)
-    for content in ("", "\n \n"):
-        (tmp_path / "empty.jsonl").write_text(content)
-        refused("empty.jsonl: .*empty", utils.load_rows, str(tmp_path / "empty.jsonl"), COLUMNS)
-    refused("empty.json: ", utils.load_rows, write_rows(tmp_path / "empty.json", []), COLUMNS)
-    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")  # columns, and no row
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("empty.jsonl", "", "empty.jsonl: empty"),
+        ("empty.jsonl", "\n \n", "empty.jsonl: empty"),
+        ("empty.json", "[]", "empty.json: "),
+        ("broken.jsonl", '{"prompt": "a", \n', "broken.jsonl: cannot be read"),
+        ("huge.jsonl", '{"text": "a", "reward": 1e400}\n', "huge.jsonl: cannot be read.*too big"),
+        ("notes.txt", "text", "notes.txt: "),
+        (
+            "other.jsonl",
+            '{"question": "a", "answer": "b"}\n',
+            r"other.jsonl: .*prompt\+completion or text; it has question, answer",
+        ),
+    ],
+)
+def test_load_rows_says_what_is_wrong(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    refused(match, utils.load_rows, str(tmp_path / name), COLUMNS)
+
+
+def test_load_rows_refuses_a_table_without_rows(tmp_path):
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
     refused("empty.parquet: .*no data", utils.load_rows, str(tmp_path / "empty.parquet"), COLUMNS)
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n')
-    refused("broken.jsonl: cannot be read", utils.load_rows, str(tmp_path / "broken.jsonl"), COLUMNS)
-    (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "completion": "b", "reward": 1e400}\n')
-    refused("huge.jsonl: cannot be read.*too big", utils.load_rows, str(tmp_path / "huge.jsonl"), COLUMNS)
-    (tmp_path / "notes.txt").write_text("text")
-    refused("notes.txt: ", utils.load_rows, str(tmp_path / "notes.txt"), COLUMNS)
+
+
+def test_a_path_that_is_no_name_on_the_hub_is_not_looked_for_there(tmp_path):
+    for path in (str(tmp_path / "rows.jsonl"), str(tmp_path / "folder"), "rows.jsonl", "a/b/c"):
+        refused(f"{path}: no such file or folder", utils.load_rows, path, COLUMNS)
+    for path in ("name", "owner/name", str(tmp_path)):
+        utils.check_path(path)
 
 
 def test_messages_may_hold_tool_calls_parts_and_nothing_said(tmp_path):
-    """Content may be empty, in parts, or lacking beside a tool call; the data set library fills what a row lacks."""
+    """Content may be empty, in parts, or lacking beside a tool call."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     for messages in (
         [{"role": "user", "content": "1 + 1?"}, call, {"role": "tool", "content": ""}],
         [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
     ):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(json.dumps({"messages": messages}) + "\n")
-        assert len(utils.load_rows(str(path), [("messages",)])) == 1
+        path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages}])
+        assert len(utils.load_rows(path, [("messages",)])) == 1
 
 
 def test_messages_do_not_hold_numbers(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": 5}]}])
-    refused("row 1: messages is .*5.*not a text or messages", utils.load_rows, path, [("messages",)])
+    match = "row 1: messages is .*5.*not a text or messages"
+    refused(match, utils.load_rows, path, [("messages",)])
 
 
 def test_load_rows_refuses_a_folder_of_nothing(tmp_path):
@@ -248,11 +469,10 @@ def test_load_rows_refuses_a_folder_of_nothing(tmp_path):
 
 
 def test_load_rows_leaves_no_file_of_a_folder_unread(tmp_path):
+    """The library does not read one table from files of two kinds."""
     write_rows(tmp_path / "a.jsonl", ROWS[:1])
     write_rows(tmp_path / "b.parquet", ROWS[1:])
-    refused(
-        str(tmp_path), utils.load_rows, str(tmp_path), COLUMNS
-    )  # one table of two kinds is not what the library reads
+    refused(str(tmp_path), utils.load_rows, str(tmp_path), COLUMNS)
 
 
 def test_load_rows_wants_one_whole_group_of_columns(tmp_path):
@@ -262,22 +482,273 @@ def test_load_rows_wants_one_whole_group_of_columns(tmp_path):
     assert utils.load_rows(more, COLUMNS)[0] == {"text": "a", "source": 3}
 
 
+def test_one_row_in_twenty_is_held_out():
+    rows = [{"input_ids": [i]} for i in range(60)]
+    kept, held_out = utils.hold_out(rows, seed=1)
+    assert len(held_out) == 3
+    assert kept == [row for row in rows if row not in held_out]  # In their old order.
+    assert utils.hold_out(rows, seed=1) == (kept, held_out)
+    assert utils.hold_out(rows, seed=2)[1] != held_out
+    assert utils.hold_out(rows[:19], seed=1) == (rows[:19], [])
+
+
+def test_no_copy_of_a_held_out_row_is_trained_on():
+    rows = [{"input_ids": [i // 2]} for i in range(60)]
+    kept, held_out = utils.hold_out(rows, seed=1)
+    assert len(held_out) == 3
+    assert not [row for row in kept if row in held_out]
+    assert len(kept) < 57
+    refused("--dataset: .*--eval_dataset", utils.hold_out, [{"input_ids": [5]}] * 20, seed=1)
+
+
+SCORES = """
+from dataclasses import dataclass
+
+CONSTANT = 1
+
+@dataclass
+class Score:
+    value: 'int' = 3
+
+def score(prompts, responses):
+    return [Score().value] * len(responses)
+"""
+
+
 def test_load_function_finds_a_function_and_names_what_is_missing(tmp_path):
     path = tmp_path / "scores.py"
-    path.write_text("from dataclasses import dataclass\n\n@dataclass\nclass Score:\n    value: 'int' = 3\n\n")
-    with path.open("a") as file:
-        file.write("CONSTANT = 1\n\ndef score(prompts, responses):\n    return [Score().value] * len(responses)\n")
+    path.write_text(SCORES)
     assert utils.load_function(f"{path}:score", "--reward_fn")(["a"], ["b"]) == [3]
-    refused("--reward_fn .*no function other", utils.load_function, f"{path}:other", "--reward_fn")
-    refused("--reward_fn .*no function CONSTANT", utils.load_function, f"{path}:CONSTANT", "--reward_fn")
-    refused("--reward_fn .*no such file", utils.load_function, f"{tmp_path}/nowhere.py:score", "--reward_fn")
+    for name in ("other", "CONSTANT"):
+        match = f"--reward_fn .*no function {name}"
+        refused(match, utils.load_function, f"{path}:{name}", "--reward_fn")
+    nowhere = f"{tmp_path}/nowhere.py:score"
+    refused("--reward_fn .*no such file", utils.load_function, nowhere, "--reward_fn")
     refused("file.py:function", utils.load_function, str(path), "--reward_fn")
     path.write_text("import functools\nnameless = functools.partial(max)\n")
-    refused("--reward_fn .*no function nameless", utils.load_function, f"{path}:nameless", "--reward_fn")
+    match = "--reward_fn .*no function nameless"
+    refused(match, utils.load_function, f"{path}:nameless", "--reward_fn")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model folders
+def test_a_reward_function_gets_rows_and_columns_in_their_order():
+    seen = {}
+
+    def reward(prompts, responses, **columns):
+        seen.update(columns, prompts=prompts, responses=responses)
+        return [len(response) for response in responses]
+
+    rows = [{"prompt": "x", "label": 3, "note": "u"}, {"prompt": "y", "label": 4, "note": "v"}]
+    scores = utils.call_reward_fn(reward, rows, ["", "ab"], CPU)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [0.0, 2.0]
+    assert seen == {
+        "prompts": ["x", "y"],
+        "responses": ["", "ab"],
+        "label": [3, 4],
+        "note": ["u", "v"],
+    }
+
+
+NONSENSE = [[1.0], [1.0, 2.0, 3.0], [1.0, NAN], [math.inf, 1.0], [1.0, None], None, [1.0, "good"]]
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+def test_a_reward_function_that_answers_nonsense_is_named(answer):
+    def quality(prompts, responses):
+        return answer
+
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    refused("quality", utils.call_reward_fn, quality, rows, ["a", "b"], CPU)
+
+
+FAILING = {
+    "it fails": lambda prompts, responses: [len(response.split()[0]) for response in responses],
+    "its signature": lambda prompts: [0.0, 0.0],
+    "a matrix": lambda prompts, responses: torch.zeros(2, 2),
+    "no sequence": lambda prompts, responses: torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_reward_function_that_fails_ends_in_one_line(name):
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    match = "gives no number for each response: .*Error"
+    refused(match, utils.call_reward_fn, FAILING[name], rows, ["a", ""], CPU)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize("pad_token", ["|", None])
+@pytest.mark.parametrize("spare", [True, False])
+def test_pad_is_never_eos(tmp_path, pad_token, spare):
+    tokenizer = build_tokenizer(pad_token)
+    if spare:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = utils.load_tokenizer(str(tmp_path))
+    assert loaded.eos_token_id == EOS
+    assert loaded.pad_token_id not in (None, EOS)
+    assert loaded.pad_token == ("<|reserved_0|>" if spare else "[PAD]")
+
+
+def test_an_eos_that_is_called_pad_is_no_padding(tmp_path):
+    tokenizer = build_tokenizer("|")
+    tokenizer.add_special_tokens({"eos_token": "<|endofpad|>", "pad_token": "<|endofpad|>"})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = utils.load_tokenizer(str(tmp_path))
+    assert loaded.eos_token == "<|endofpad|>"
+    assert loaded.pad_token not in (None, "<|endofpad|>")
+
+
+def test_a_folder_without_a_tokenizer_or_an_eos_is_refused(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    refused("nothing: no tokenizer", utils.load_tokenizer, str(tmp_path / "nothing"))
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "mute")
+    refused("mute: .*no EOS token", utils.load_tokenizer, str(tmp_path / "mute"))
+
+
+def test_a_reward_model_of_other_token_ids_is_refused(tmp_path, gpt2_folder, llama_rm_folder):
+    tokenizer = utils.load_tokenizer(gpt2_folder)
+    utils.check_same_tokenizer(llama_rm_folder, tokenizer, gpt2_folder)
+    other = build_tokenizer()
+    other.add_tokens(["more"])
+    other.save_pretrained(tmp_path)
+    match = "--reward_model .*differs from that of"
+    refused(match, utils.check_same_tokenizer, str(tmp_path), tokenizer, gpt2_folder)
+
+
+def special_tokenizer(folder, pattern):
+    """A tokenizer that adds BOS 'U' and EOS '|' where the pattern says so, as many do."""
+    characters = build_tokenizer().backend_tokenizer
+    special_tokens = [("U", 29), ("|", EOS)]
+    characters.post_processor = TemplateProcessing(single=pattern, special_tokens=special_tokens)
+    options = {"bos_token": "U", "eos_token": "|", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **options).save_pretrained(folder)
+    return utils.load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["$A", "U $A", "$A |", "U $A |"])
+def test_one_bos_and_one_eos_whatever_the_tokenizer_adds(tmp_path, pattern):
+    tokenizer = special_tokenizer(tmp_path, pattern)
+    adds_bos = pattern.startswith("U")
+    for prompt in ("abc", "Uabc", "UUabc"):  # The others bring a BOS, or two, of their own.
+        bos = [29] if adds_bos or prompt[0] == "U" else []
+        assert utils.encode_prompt(tokenizer, prompt) == [*bos, 2, 3, 4]
+        assert utils.encode_pair(tokenizer, prompt, "de") == [*bos, 2, 3, 4, 5, 6, EOS]
+    assert utils.encode_prompt(tokenizer, "ab|")[-3:] == [2, 3, EOS]  # One that the user wrote.
+    assert utils.encode_prompt(tokenizer, "") == [29] * adds_bos
+    assert utils.encode_response(tokenizer, "", "abc") == [2, 3, 4, EOS]
+
+
+def test_a_bos_that_is_also_the_eos_stays_in_front_of_no_prompt(tmp_path):
+    tokenizer = special_tokenizer(tmp_path, "| $A")
+    tokenizer.bos_token = "|"
+    assert utils.encode_prompt(tokenizer, "ab") == [EOS, 2, 3]
+    assert utils.encode_prompt(tokenizer, "") == [EOS]
+
+
+def test_a_response_ends_at_its_first_eos(tokenizer):
+    assert utils.encode_response(tokenizer, "a", "bc") == [3, 4, EOS]
+    assert utils.encode_response(tokenizer, "a", "bc|") == [3, 4, EOS]
+    assert utils.encode_response(tokenizer, "a", "b|c") == [3, EOS]
+    assert utils.encode_response(tokenizer, "a", "") == [EOS]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }} {% endfor %}"
+)
+TEMPLATE += "{% if add_generation_prompt %}A{% endif %}"
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """Its template writes a BOS, U for the user, A for the assistant, and a space after a turn."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_a_chat_template_writes_prompt_and_response(chat_tokenizer):
+    prompt = [{"role": "user", "content": "ab"}]
+    response = [{"role": "assistant", "content": "cd"}]
+    assert utils.encode_prompt(chat_tokenizer, prompt) == [EOS, 29, 2, 3, 28, 30]
+    assert utils.encode_response(chat_tokenizer, prompt, response) == [4, 5, 28, EOS]
+    adds_both = TemplateProcessing(single="| $A |", special_tokens=[("|", EOS)])
+    chat_tokenizer.backend_tokenizer.post_processor = adds_both
+    assert utils.encode_prompt(chat_tokenizer, prompt) == [EOS, 29, 2, 3, 28, 30]
+    assert utils.encode_response(chat_tokenizer, prompt, response) == [4, 5, 28, EOS]
+
+
+def test_a_conversation_may_hold_its_prompt(chat_tokenizer):
+    prompt = [{"role": "user", "content": "ab"}]
+    response = [{"role": "assistant", "content": "cd"}]
+    apart = utils.encode_pair(chat_tokenizer, prompt, response)
+    assert apart == [EOS, 29, 2, 3, 28, 30, 4, 5, 28, EOS]
+    assert utils.encode_pair(chat_tokenizer, "", prompt + response) == apart
+    assert utils.encode_pair(chat_tokenizer, "a text beside it", prompt + response) == apart
+
+
+def test_messages_that_cannot_be_rendered_are_refused(tokenizer, chat_tokenizer):
+    prompt = [{"role": "user", "content": "a"}]
+    response = [{"role": "assistant", "content": "b"}]
+    refused("no chat template", utils.encode_prompt, tokenizer, prompt)
+    chat_tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"
+    match = "chat template does not render a prompt as the beginning"
+    refused(match, utils.encode_response, chat_tokenizer, prompt, response)
+
+
+def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": "abc", "label": 1}, {"prompt": "abcd", "label": 2}]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    prompts = utils.load_prompts(path, tokenizer, 3, "--query_length")
+    assert [(ids, dict(row)) for ids, row in prompts] == [([2, 3, 4], rows[0])]
+    assert "left out 1 of 2 prompts longer than 3 tokens (--query" in capsys.readouterr().out
+    match = r"no prompt is left.*over 2 tokens \(--query_length\)"
+    refused(match, utils.load_prompts, path, tokenizer, 2, "--query_length")
+
+
+def test_an_empty_or_broken_prompt_is_named(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": ""}])
+    refused("row 2 has an empty prompt", utils.load_prompts, path, tokenizer, 9, "--length")
+    messages = [{"role": "user", "content": "a"}]
+    path = write_rows(tmp_path / "messages.jsonl", [{"prompt": messages}])
+    refused("row 1: .*no chat template", utils.load_prompts, path, tokenizer, 9, "--length")
+
+
+class Melting:
+    """A tokenizer that has one token for a letter and the full stop after it, and 0 for unknown."""
+
+    eos_token_id = 1
+    pad_token_id = 0
+    unk_token_id = None
+
+    def __call__(self, text, add_special_tokens):
+        pieces = {"x": [5], "x.": [6], "x!?": [5, 7, 8], "x;": [9, 7], "x,": [5, 0]}
+        return SimpleNamespace(input_ids=pieces[text])
+
+
+def test_a_stop_token_is_the_one_that_follows_a_letter():
+    assert utils.stop_token_ids(Melting(), "!?", 1) == [1, 7, 8]
+    assert utils.stop_token_ids(Melting(), None, None) == [1]
+    assert utils.stop_token_ids(Melting(), None, [3, 1]) == [1, 3]
+    for text in (".", ";", "", ","):
+        refused("--stop_token", utils.stop_token_ids, Melting(), text, 1)
+
+
+def test_ids_without_a_token_and_the_pad_may_not_be_said():
+    vocabulary = {"<pad>": 0, "a": 2, "|": 5, "beyond the embedding": 9}
+    tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=lambda: vocabulary)
+    allowed = utils.allowed_ids(tokenizer, 7, CPU)
+    assert allowed.dtype == torch.bool
+    assert allowed.nonzero().flatten().tolist() == [2, 5]
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
 
 
 def logits(model):
@@ -291,89 +762,598 @@ def logits(model):
 def test_load_pretrained_has_no_dropout_left(kind, request):
     folder = request.getfixturevalue(f"{kind}_folder")
     model, missing = utils.load_pretrained(AutoModelForCausalLM, folder)
-    assert missing == [] and not model.training
-    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    rates = {name: value for name, value in vars(model.config).items() if "drop" in name and value is not None}
-    assert rates and all(value == 0 for value in rates.values() if isinstance(value, float))
+    assert missing == []
+    assert not model.training
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert all(module.p == 0 for module in dropouts)
+    rates = [value for name, value in vars(model.config).items() if "drop" in name]
+    rates = [value for value in rates if isinstance(value, float)]
+    assert rates
+    assert not any(rates)
     assert torch.equal(logits(model), logits(model))
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    assert not torch.equal(logits(plain), logits(plain))  # the folder itself asks for dropout
+    assert not torch.equal(logits(plain), logits(plain))  # The folder itself asks for dropout.
 
 
 def test_load_pretrained_is_fp32_whatever_the_folder_holds(tmp_path, gpt2_folder):
-    AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    assert next(AutoModelForCausalLM.from_pretrained(tmp_path / "half").parameters()).dtype == torch.bfloat16
+    half = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
     model, _ = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path / "half"))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     model.save_pretrained(tmp_path / "full")
-    assert next(AutoModelForCausalLM.from_pretrained(tmp_path / "full").parameters()).dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "full").dtype == torch.float32
 
 
-def test_load_pretrained_starts_from_the_seed_where_there_are_no_weights(tmp_path, llama_folder, capsys):
+def test_load_pretrained_starts_from_the_seed_where_there_are_no_weights(
+    tmp_path, llama_folder, capsys
+):
     AutoConfig.from_pretrained(llama_folder).save_pretrained(tmp_path)
     weights = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        weights.append(utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))[0].lm_head.weight)
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+        model, _ = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))
+        weights.append(model.lm_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
     assert "starting from random weights" in capsys.readouterr().out
 
 
 def test_load_pretrained_refuses_what_is_no_model_folder(tmp_path):
-    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
-    refused("nowhere: no such", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path / "nowhere"))
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
-    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+    load = utils.load_pretrained
+    refused("cannot be loaded as a model", load, AutoModelForCausalLM, str(tmp_path))
+    refused("nowhere: no such", load, AutoModelForCausalLM, str(tmp_path / "nowhere"))
+    for content in ('{"model_type": "no_such_type"}', "{"):
+        (tmp_path / "config.json").write_text(content)
+        refused("cannot be loaded as a model", load, AutoModelForCausalLM, str(tmp_path))
 
 
 def test_load_pretrained_refuses_a_damaged_file_of_weights(tmp_path, gpt2_folder):
     AutoConfig.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
     weights = (Path(gpt2_folder) / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused("cannot be loaded as a model", utils.load_pretrained, AutoModelForCausalLM, str(tmp_path))
+    load = utils.load_pretrained
+    refused("cannot be loaded as a model", load, AutoModelForCausalLM, str(tmp_path))
 
 
 def test_load_pretrained_refuses_weights_of_other_shapes(tmp_path, gpt2_rm_folder):
-    model = AutoModelForSequenceClassification.from_pretrained(
-        gpt2_rm_folder, num_labels=2, ignore_mismatched_sizes=True
-    )
-    model.save_pretrained(tmp_path)
-    options = {"num_labels": 1}
-    refused(str(tmp_path), utils.load_pretrained, AutoModelForSequenceClassification, str(tmp_path), **options)
+    auto_class = AutoModelForSequenceClassification
+    options = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    auto_class.from_pretrained(gpt2_rm_folder, **options).save_pretrained(tmp_path)
+    refused(str(tmp_path), utils.load_pretrained, auto_class, str(tmp_path), num_labels=1)
 
 
 def test_load_pretrained_refuses_missing_weights_unless_they_may_miss(gpt2_folder, llama_rm_folder):
+    load = utils.load_pretrained
     auto_class = AutoModelForSequenceClassification
-    refused("lacks the weights score.weight", utils.load_pretrained, auto_class, gpt2_folder, num_labels=1)
-    _, missing = utils.load_pretrained(auto_class, gpt2_folder, ["score.weight"], num_labels=1)
+    refused("lacks the weights score.weight", load, auto_class, gpt2_folder, num_labels=1)
+    _, missing = load(auto_class, gpt2_folder, ["score.weight"], num_labels=1)
     assert missing == ["score.weight"]
-    refused("lacks the weights lm_head.weight", utils.load_pretrained, AutoModelForCausalLM, llama_rm_folder)
+    refused("lacks the weights lm_head.weight", load, AutoModelForCausalLM, llama_rm_folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def wide_model(config):
+    """A language model whose weights are not small, so that every part of it shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+def name_of(config):
+    return config.model_type
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=name_of)
+@torch.no_grad()
+def test_head_logits_are_the_models_own(config):
+    model = wide_model(config)
+    ids = torch.randint(2, 32, (2, 6))
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    ours = utils.head_logits(model, hidden)
+    torch.testing.assert_close(ours, model(ids, use_cache=False).logits)
+    if config.model_type == "gemma2":
+        assert ours.abs().max() < 2.0
+        assert model.get_output_embeddings()(hidden).abs().max() > 2.5  # The cap is at 2.
+
+
+WINDOWS = [config for config in FAMILIES if getattr(config, "sliding_window", None) == 4]
+
+
+@pytest.mark.parametrize("config", WINDOWS, ids=name_of)
+@torch.no_grad()
+def test_steps_through_a_static_cache_are_one_forward(config):
+    """A left-padded prompt, then token by token, far beyond a window of 4 tokens."""
+    model = wide_model(config)
+    ids = torch.randint(2, 32, (2, 12))
+    expected = model(ids, use_cache=False).logits
+    cache = utils.static_cache(config, 16)
+    assert {type(layer) for layer in cache.layers} == {StaticLayer}
+    assert [layer.max_cache_len for layer in cache.layers] == [16] * len(cache.layers)
+    mask = torch.zeros(2, 16, dtype=torch.long)
+    mask[:, 2:7] = 1
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4]] * 2)
+    padded = torch.nn.functional.pad(ids[:, :5], (2, 0))
+    options = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    output = model(padded, position_ids=positions, **options)
+    steps = [output.logits[:, -1]]
+    for t in range(5, 12):
+        mask[:, t + 2] = 1
+        output = model(ids[:, t, None], position_ids=torch.full((2, 1), t), **options)
+        steps.append(output.logits[:, -1])
+    torch.testing.assert_close(torch.stack(steps, 1), expected[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "layer_types": ["full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3NextConfig(**GROUPED, **LINEAR, **SMALL), MambaConfig(hidden_size=16, vocab_size=32)],
+    ids=name_of,
+)
+def test_linear_attention_has_no_static_cache(config):
+    """Such a layer sums over the slots of a cache that are still empty."""
+    match = "--model: it cannot be sampled from with a static cache"
+    refused(match, utils.static_cache, config, 8)
+
+
+def test_a_model_of_images_and_text_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(text_config=None))
+    refused("--model path: .*text alone", utils.check_decoding, model, 8, "path")
+
+
+def longrope(limit):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": limit}
+    return LlamaConfig(**WIDE, max_position_embeddings=64, rope_parameters=rope)
+
+
+def test_rows_are_not_longer_than_the_positions():
+    """LongRoPE turns all positions by other angles as soon as one row passes its limit."""
+    gpt2 = GPT2Config(n_positions=64)
+    for config, limit in ((gpt2, 64), (longrope(20), 20), (longrope(99), 64)):
+        assert utils.max_positions(config) == limit
+        utils.check_positions(config, limit, "--max_length", "path")
+        match = f"--max_length: {limit + 1} tokens are more than the {limit} positions of path"
+        refused(match, utils.check_positions, config, limit + 1, "--max_length", "path")
+    assert utils.max_positions(MambaConfig()) == math.inf
+
+
+def test_a_model_gets_the_tokens_and_the_ids_of_the_tokenizer(gpt2_folder):
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)
+    tokenizer = build_tokenizer("|")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    before = model.get_input_embeddings().weight.detach().clone()
+    utils.fit_to_tokenizer(model, tokenizer)
+    after = model.get_input_embeddings().weight
+    assert len(after) == len(tokenizer) == len(before) + 1
+    assert torch.equal(after[:-1], before)
+    for config in (model.config, model.generation_config):
+        assert (config.pad_token_id, config.eos_token_id) == (31, EOS)
+    utils.fit_to_tokenizer(model, tokenizer, [EOS, 30])
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [EOS, 30]
+    assert utils.all_eos_ids(model, tokenizer) == [EOS, 30]
+
+
+def test_a_model_with_more_embeddings_than_tokens_keeps_them(tokenizer):
+    model = wide_model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
+    utils.fit_to_tokenizer(model, tokenizer)
+    assert model.get_input_embeddings().num_embeddings == 40
+    assert utils.all_eos_ids(model, tokenizer) == EOS
+
+
+def test_to_bf16_rounds_parameters_and_keeps_buffers(llama_folder):
+    """In bf16 the angles of rotary positions would be those of other positions."""
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, llama_folder)
+    before = copy.deepcopy(model)
+    assert utils.to_bf16(model) is model
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs.bfloat16())
+    buffers = dict(model.named_buffers())
+    assert buffers
+    for name, theirs in before.named_buffers():
+        assert buffers[name].dtype == torch.float32
+        assert torch.equal(buffers[name], theirs)
+
+
+def test_copy_weights_keeps_the_precision_of_the_target(llama_folder):
+    source, _ = utils.load_pretrained(AutoModelForCausalLM, llama_folder)
+    target = utils.to_bf16(copy.deepcopy(source))
+    with torch.no_grad():
+        for weight in source.parameters():
+            weight += 0.1
+    utils.copy_weights(source, target)
+    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs.bfloat16())
+    with pytest.raises(ValueError, match="zip"):
+        utils.copy_weights(source, target.model)  # It lacks the head.
+
+
+def test_compile_layers_compiles_each_layer_for_rows_of_any_length(llama_folder, monkeypatch):
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, llama_folder)
+    compiled = []
+
+    def record(self, **options):
+        compiled.append((self, options))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", record)
+    utils.compile_layers(model, None)
+    assert [module for module, _ in compiled] == list(model.model.layers)
+    assert all(isinstance(module, GradientCheckpointingLayer) for module, _ in compiled)
+    assert [options for _, options in compiled] == [{"dynamic": True}] * 2
+
+
+def test_compile_layers_refuses_a_model_without_layers():
+    match = "--compile: finds no layers in Linear; use --no-compile"
+    refused(match, utils.compile_layers, None, torch.nn.Linear(2, 2))
+
+
+def test_autocast_is_what_precision_asks_for():
+    x = torch.randn(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with utils.autocast(Args(precision=precision), CPU):
+            assert (x @ x).dtype == dtype
+
+
+def test_alone_cleared_gradients_are_freed():
+    weight = torch.zeros(2, requires_grad=True)
+    weight.sum().backward()
+    utils.clear_gradients(torch.optim.SGD([weight], lr=0.1))
+    assert weight.grad is None
+
+
+def test_alone_the_module_of_the_loss_is_the_module_itself():
+    module = torch.nn.Linear(2, 2)
+    assert utils.wrap(module, ONE) is module
+
+
+def steps_under_ddp(rank):
+    """Two steps of two micro-batches, of which the last one exchanges the gradients."""
+    module = torch.nn.Linear(3, 1, bias=False)
+    wrapped = utils.wrap(module, utils.Ranks(rank, 2, CPU))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    gradients = []
+    cleared = []
+    for step in range(2):
+        for micro_batch in range(2):
+            wrapped.require_backward_grad_sync = micro_batch == 1
+            x = torch.full((1, 3), 1.0 + rank + 2 * micro_batch + 4 * step)
+            wrapped(x).sum().backward()
+        gradients.append(module.weight.grad.tolist())
+        address = module.weight.grad.data_ptr()
+        utils.clear_gradients(optimizer)
+        after = module.weight.grad
+        is_kept = after is not None and after.data_ptr() == address
+        cleared.append(after.tolist() if is_kept else "another tensor")
+    return gradients, cleared
+
+
+def test_cleared_gradients_are_still_those_that_ddp_exchanges(on_two_ranks):
+    """The average over ranks of the sum over micro-batches: (1 + 3 + 2 + 4) / 2, then 13."""
+    for gradients, cleared in on_two_ranks(steps_under_ddp):
+        assert gradients == [[[5.0] * 3], [[13.0] * 3]]
+        assert cleared == [[[0.0] * 3]] * 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def test_every_row_is_in_one_batch_of_an_epoch():
+    batches = list(utils.global_batches(10, 4, 7, seed=1))
+    assert [epoch for epoch, _ in batches] == [1, 1, 1, 2, 2, 2, 3]
+    assert [len(numbers) for _, numbers in batches] == [4, 4, 2, 4, 4, 2, 4]
+    first = [i for epoch, numbers in batches if epoch == 1 for i in numbers]
+    second = [i for epoch, numbers in batches if epoch == 2 for i in numbers]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert list(utils.global_batches(10, 4, 7, seed=1)) == batches
+    assert list(utils.global_batches(10, 4, 7, seed=2)) != batches
+
+
+@pytest.mark.parametrize("done", [1, 3, 4, 7])
+def test_batches_go_on_after_those_that_are_done(done):
+    batches = list(utils.global_batches(10, 4, 7, seed=1))
+    assert list(utils.global_batches(10, 4, 7, seed=1, done=done)) == batches[done:]
+
+
+@pytest.mark.parametrize(("done", "epochs"), [(0, 3), (4, 2)])
+def test_the_order_of_an_epoch_is_drawn_once(done, epochs, monkeypatch):
+    """For millions of rows, drawing it takes longer than a step."""
+    randperm = torch.randperm
+    drawn = []
+
+    def record(*args, **options):
+        drawn.append(args)
+        return randperm(*args, **options)
+
+    monkeypatch.setattr(torch, "randperm", record)
+    list(utils.global_batches(10, 4, 7, seed=1, done=done))
+    assert drawn == [(10,)] * epochs
+
+
+def groups_of(lengths, size, ranks=None):
+    return [group.tolist() for group in utils.split_by_length(lengths, size, ranks)]
+
+
+def test_rows_of_similar_length_go_together():
+    assert groups_of([5, 1, 3, 2, 4], 2) == [[1, 3], [2, 4], [0]]
+    assert groups_of(torch.tensor([5, 1, 3, 2, 4]), 9) == [[1, 3, 2, 4, 0]]
+    assert groups_of([2, 2, 2, 1], 2) == [[3, 0], [1, 2]]  # Equal ones keep their order.
+    assert groups_of([], 2) == [[]]
+
+
+def test_ranks_share_the_rows_of_every_length():
+    lengths = torch.randint(1, 50, (23,), generator=torch.Generator().manual_seed(0))
+    shares = []
+    for rank in range(3):
+        groups = groups_of(lengths, 4, utils.Ranks(rank, 3, CPU))
+        assert all(len(group) <= 4 for group in groups)
+        shares.append([i for group in groups for i in group])
+    order = lengths.argsort(stable=True).tolist()
+    assert shares == [order[rank::3] for rank in range(3)]
+    assert sorted(i for share in shares for i in share) == list(range(23))
+
+
+def test_a_rank_without_rows_has_one_empty_group():
+    assert groups_of([3], 2, utils.Ranks(0, 2, CPU)) == [[0]]
+    assert groups_of([3], 2, utils.Ranks(1, 2, CPU)) == [[]]
+
+
+def test_prompt_order_is_pass_after_pass():
+    order = utils.prompt_order(5, 0, 20, seed=3)
+    passes = [order[start : start + 5] for start in range(0, 20, 5)]
+    assert [sorted(numbers) for numbers in passes] == [list(range(5))] * 4
+    assert len({tuple(numbers) for numbers in passes}) > 1
+    assert utils.prompt_order(5, 3, 9, seed=3) == order[3:12]  # However it is cut into updates.
+    assert utils.prompt_order(5, 0, 20, seed=4) != order
+
+
+def test_select_takes_rows_of_every_tensor_and_cuts_what_none_of_them_needs():
+    prompt_lengths = torch.tensor([1, 4, 2])
+    response_lengths = torch.tensor([3, 1, 2])
+    is_real = torch.arange(8) < (prompt_lengths + response_lengths)[:, None]
+    batch = {
+        "input_ids": torch.arange(24).view(3, 8),
+        "is_real": is_real,
+        "mask": torch.arange(5) < response_lengths[:, None],
+        "logprobs": torch.arange(15.0).view(3, 5),
+        "prompt_lengths": prompt_lengths,
+    }
+    assert utils.total_lengths(batch).tolist() == [4, 5, 4]
+    part = utils.select(batch, torch.tensor([2, 0]))
+    assert part["input_ids"].tolist() == [[16, 17, 18, 19], [0, 1, 2, 3]]
+    assert part["is_real"].tolist() == [[True] * 4] * 2
+    assert part["mask"].tolist() == [[True, True, False], [True] * 3]
+    assert part["logprobs"].tolist() == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
+    assert part["prompt_lengths"].tolist() == [2, 1]
+    part = utils.select(batch, torch.tensor([1]))
+    assert part["input_ids"].tolist() == [[8, 9, 10, 11, 12]]
+    assert part["logprobs"].tolist() == [[5.0]]
+    assert batch["input_ids"].shape == (3, 8)
+
+
+def test_left_pad():
+    queries, query_mask = utils.left_pad([[5], [6, 7]], 3, 9, CPU)
+    assert queries.tolist() == [[9, 9, 5], [9, 6, 7]]
+    assert query_mask.tolist() == [[False, False, True], [False, True, True]]
+
+
+def test_pad_right():
+    assert utils.pad_right([[5], [6, 7, 8], []], 9).tolist() == [[5, 9, 9], [6, 7, 8], [9, 9, 9]]
+    assert utils.pad_right([[True], [True, True]], False).dtype == torch.bool
+
+
+def test_a_batch_goes_to_the_device_as_it_is():
+    batch = {"input_ids": torch.arange(3), "mask": torch.tensor([True])}
+    moved = utils.to_device(batch, CPU)
+    assert moved.keys() == batch.keys()
+    assert all(torch.equal(moved[name], batch[name]) for name in batch)
+
+
+def test_pack_rows_against_a_loop():
+    """Padding of any id on either side and in between, as after a left-padded prompt."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 9, generator=generator) < 0.5
+    mask[0] = True
+    mask[1] = False
+    ids = torch.randint(1, 30, (6, 9), generator=generator)
+    ids = torch.where(mask, ids, -100)
+    for given in (mask, mask.long()):
+        packed, lengths = utils.pack_rows(ids, given)
+        assert lengths.tolist() == mask.sum(1).tolist()
+        for row, row_mask, result in zip(ids, mask, packed, strict=True):
+            real = row[row_mask].tolist()
+            assert result.tolist() == real + [0] * (9 - len(real))
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5, NAN, math.inf, -math.inf])
+def test_flags_below_their_least_or_not_finite_are_refused(value):
+    match = f"--batch_size {value}: must be at least 1 and finite"
+    refused(match, utils.check_at_least, Args(batch_size=value), 1, "seed", "batch_size")
+    utils.check_at_least(Args(batch_size=1, price=None), 1, "batch_size", "price")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, NAN, math.inf, -math.inf])
+def test_flags_that_are_not_above_zero_are_refused(value):
+    match = f"--price {value}: must be above 0 and finite"
+    refused(match, utils.check_above_zero, Args(price=value), "lr", "price")
+    utils.check_above_zero(Args(price=1e-9), "price")
+    utils.check_above_zero(Args(price=None), "price")
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_flags_that_are_not_finite_are_refused(value):
+    refused(
+        f"--price {value}: must be finite", utils.check_finite, Args(price=value), "lr", "price"
+    )
+    utils.check_finite(Args(price=-5.0), "price")
+
+
+OUT_OF_BOUNDS = [
+    ("batch_size", 0),
+    ("micro_batch_size", 0),
+    ("lr", -0.1),
+    ("lr", NAN),
+    ("lr", math.inf),
+    ("max_grad_norm", -1.0),
+    ("save_every", -1),
+    ("timeout_minutes", 0),
+    ("timeout_minutes", math.inf),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_BOUNDS)
+def test_shared_flags_out_of_bounds_are_refused(name, value):
+    refused(f"--{name} {value}: must be", utils.check_shared_flags, Args(**{name: value}))
+    utils.check_shared_flags(Args(lr=0.0, max_grad_norm=0.0, seed=-3))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: None)
+    refused("--track tensorboard: .*pip", utils.check_shared_flags, Args(track="tensorboard"))
+
+
+def test_an_existing_run_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("precious")
+    args = Args(output_dir=str(tmp_path / "run"))
+    refused("--output_dir .*run: exists already", utils.check_shared_flags, args)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+    utils.check_shared_flags(Args(output_dir=args.output_dir, resume=args.output_dir))
+
+
+def test_resuming_takes_the_runs_own_arguments_and_refuses_others(tmp_path):
+    folder = str(tmp_path / "run")
+    started = Args(output_dir=folder, lr=0.5, seed=7, betas=(0.0, 4.0))
+    utils.Run(started, ONE, "sft")
+    assert utils.resolve_args(Args(lr=3.0)) == Args(lr=3.0)  # Nothing to resume.
+    args = utils.resolve_args(Args(resume=folder))
+    assert (args.lr, args.seed, args.output_dir, args.resume) == (0.5, 7, folder, folder)
+    assert args.betas == (0.0, 4.0)
+    assert utils.resolve_args(Args(resume=folder, lr=0.5)).lr == 0.5  # It may be repeated.
+    other = str(tmp_path / "other")
+    refused("--lr differs", utils.resolve_args, Args(resume=folder, lr=0.25))
+    refused("--output_dir differs", utils.resolve_args, Args(resume=folder, output_dir=other))
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    args = Args(resume=str(folder))
+    refused("--resume .*run: no args.json", utils.resolve_args, args)
+    utils.Run(Args(output_dir=str(folder)), ONE, "sft")
+    record = json.loads((folder / "args.json").read_text())
+    record["args"]["flag_of_another_script"] = 1
+    (folder / "args.json").write_text(json.dumps(record))
+    refused("--flag_of_another_script is no flag of this", utils.resolve_args, args)
+    (folder / "model").mkdir()
+    refused("--resume .*run: the run is finished", utils.resolve_args, args)
+
+
+def test_a_run_from_before_a_flag_existed_takes_its_default(tmp_path):
+    utils.Run(Args(output_dir=str(tmp_path / "run"), lr=0.5), ONE, "sft")
+    path = tmp_path / "run" / "args.json"
+    record = json.loads(path.read_text())
+    del record["args"]["price"]
+    path.write_text(json.dumps(record))
+    assert utils.resolve_args(Args(resume=str(tmp_path / "run"))).price is None
+
+
+def test_a_moved_run_can_be_resumed(tmp_path):
+    utils.Run(Args(output_dir=str(tmp_path / "run"), lr=0.5), ONE, "sft")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    args = utils.resolve_args(Args(resume=str(tmp_path / "moved")))
+    assert args.lr == 0.5
+    assert args.output_dir == str(tmp_path / "moved")
+
+
+def finished_run(name, dataset, time):
+    """A run folder of which newest_run is to think that its model was saved at that time."""
+    model = Path("runs") / name / "model"
+    model.mkdir(parents=True)
+    (model.parent / "args.json").write_text(json.dumps({"args": {"dataset": dataset}}))
+    (model / "config.json").write_text("{}")
+    os.utime(model / "config.json", (time, time))
+
+
+def test_newest_run_is_the_newest_finished_one_on_data_of_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "data/walks/demonstrations.jsonl"
+    refused("run `python sft.py` first", utils.newest_run, "sft", rows)
+    finished_run("sft__1__300", rows, 1000)
+    finished_run("sft__2__200", "./data/walks/others.jsonl", 1001)
+    finished_run("reward_model__1__400", rows, 1002)
+    finished_run("sft__1__500", "data/reviews/demonstrations.jsonl", 1003)
+    Path("runs/sft__3__600/checkpoints").mkdir(parents=True)  # It is not finished.
+    for dataset in (rows, "data/walks/preferences.jsonl"):
+        assert utils.newest_run("sft", dataset) == "runs/sft__2__200/model"
+    assert utils.newest_run("sft", "data/reviews/x.jsonl") == "runs/sft__1__500/model"
+    match = r"no finished run of sft.py on data from data/elsewhere in runs/sft__\*: .*sft.py"
+    refused(match, utils.newest_run, "sft", "data/elsewhere/x.jsonl")
+    refused("`python ppo_rlhf.py`", utils.newest_run, "ppo_rlhf", rows)
+
+
+# --------------------------------------------------------------------------------------------------
 # Run folders
 
 
-def metric_lines(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+class Number:
+    """Something with a state_dict, as the adaptive coefficient is."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
 
 
-def test_a_run_folder_holds_arguments_metrics_and_complete_checkpoints(tmp_path):
+def test_a_run_folder_holds_arguments_metrics_and_complete_checkpoints(tmp_path, capsys):
     args = Args(output_dir=str(tmp_path / "run"), lr=0.5)
-    utils.prepare(args)
     run = utils.Run(args, ONE, "sft")
     run.log(1, {"train/sft/loss": 2.0})
-    run.log(2, {"train/sft/loss": 1.0, "eval/sft/loss": 3.0}, show=["train/sft/loss", "eval/sft/loss", "absent"])
-    run.save_checkpoint(2, model={"w": torch.arange(3)})
+    metrics = {"train/sft/loss": 1.0, "eval/sft/loss": 3.0}
+    run.log(2, metrics, show=["train/sft/loss", "eval/sft/loss", "absent"])
+    run.save_checkpoint(2, {"number": Number(7)})
 
     record = json.loads((run.folder / "args.json").read_text())
-    assert record["args"]["lr"] == 0.5 and record["world_size"] == 1
-    assert {"argv", "commit", "dirty", "versions"} <= set(record)
-    assert {"torch", "transformers"} <= set(record["versions"])
-    assert metric_lines(run.folder)[1] == {"step": 2, "train/sft/loss": 1.0, "eval/sft/loss": 3.0}
+    assert record["script"] == "sft.py"
+    assert record["args"]["lr"] == 0.5
+    assert record["world_size"] == 1
+    assert {"argv", "commit", "dirty", "versions", "device"} <= record.keys()
+    assert {"torch", "transformers", "datasets"} <= record["versions"].keys()
+    assert read_jsonl(run.folder / "metrics.jsonl")[1] == {"step": 2, **metrics}
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step_000002.pt"]
+    assert re.search(r"sft +2 \| loss 1 +eval loss 3\n", capsys.readouterr().out)
+
+
+def test_a_run_is_named_by_script_seed_and_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils.time, "time", lambda: 1234.5)
+    run = utils.Run(Args(seed=3), ONE, "sft")
+    assert run.folder == Path("runs/sft__3__1234")
+    assert run.folder.is_dir()
 
 
 def test_a_machine_without_git_can_train(tmp_path, monkeypatch):
@@ -383,105 +1363,83 @@ def test_a_machine_without_git_can_train(tmp_path, monkeypatch):
     assert not record["commit"]
 
 
-def test_an_existing_run_folder_is_refused_and_left_alone(tmp_path):
-    args = Args(output_dir=str(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious.txt").write_text("precious")
-    refused("--output_dir .*run: exists already", utils.prepare, args)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
-
-
 def test_only_rank_zero_writes(tmp_path):
     args = Args(output_dir=str(tmp_path / "run"))
-    run = utils.Run(args, utils.Ranks(1, 2, torch.device("cpu")), "sft")
+    run = utils.Run(args, utils.Ranks(1, 2, CPU), "sft")
     run.log(1, {"a": 1.0})
-    run.save_checkpoint(1, model={})
+    run.show_samples(1, {"query": ["a"]})
+    run.save_checkpoint(1, {})
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_all_written_and_the_first_are_printed(tmp_path, capsys):
+    run = utils.Run(Args(output_dir=str(tmp_path / "run")), ONE, "ppo_rlhf")
+    capsys.readouterr()
+    responses = ["a\n b", "é" * 90, "c", "d", "e"]
+    columns = {"response": responses, "score": [0.5, 1.0, 2.0, 3.0, 4.0]}
+    run.show_samples(3, columns, num_shown=2)
+    rows = read_jsonl(run.folder / "samples.jsonl")
+    assert rows[0] == {"step": 3, "response": "a\n b", "score": 0.5}
+    assert [row["response"] for row in rows] == responses
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["response | score", "a b |   0.50", "é" * 70 + " |   1.00"]
 
 
 def test_resuming_cuts_later_lines_and_takes_the_newest_complete_checkpoint(tmp_path):
     args = Args(output_dir=str(tmp_path / "run"))
     run = utils.Run(args, ONE, "sft")
+    layer = torch.nn.Linear(1, 1)
     for step in range(1, 16):
         run.log(step, {"a": step / 2})
+        torch.nn.init.constant_(layer.weight, step)
         if step % 5 == 0:
-            run.save_checkpoint(step, model={"w": torch.tensor([step])})
-    (run.folder / "samples.jsonl").write_text('{"step": 9, "query": "a"}\n{"step": 11, "query": "b"}\n')
+            run.save_checkpoint(step, {"layer": layer, "number": Number(step)})
+    samples = '{"step": 9, "query": "a"}\n{"step": 11, "query": "b"}\n'
+    (run.folder / "samples.jsonl").write_text(samples)
     (run.folder / "my_prompts.jsonl").write_text('{"prompt": "a file of the user\'s"}\n')
-    (run.folder / "checkpoints" / "step_000015.pt").rename(run.folder / "checkpoints" / "step_000015.pt.tmp")
+    last = run.folder / "checkpoints" / "step_000015.pt"
+    last.rename(f"{last}.tmp")
     with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 16, "a"')  # the process died while it wrote
+        file.write('{"step": 16, "a"')  # The process died while it wrote.
     arguments = (run.folder / "args.json").read_text()
 
-    run = utils.Run(utils.prepare(Args(resume=str(run.folder))), ONE, "sft")
-    state = run.load_checkpoint()
-    assert state["step"] == 10 and state["model"]["w"].item() == 10
-    assert [line["step"] for line in metric_lines(run.folder)] == list(range(1, 11))
+    run = utils.Run(utils.resolve_args(Args(resume=str(run.folder))), ONE, "sft")
+    number = Number(0)
+    assert run.load_checkpoint({"layer": layer, "number": number}) == 10
+    assert layer.weight.item() == number.value == 10
+    assert [line["step"] for line in read_jsonl(run.folder / "metrics.jsonl")] == [*range(1, 11)]
     assert (run.folder / "samples.jsonl").read_text() == '{"step": 9, "query": "a"}\n'
+    assert (run.folder / "my_prompts.jsonl").read_text().startswith('{"prompt"')
     assert (run.folder / "args.json").read_text() == arguments
     run.log(11, {"a": 0.0})
-    assert [line["step"] for line in metric_lines(run.folder)] == list(range(1, 12))
+    assert [line["step"] for line in read_jsonl(run.folder / "metrics.jsonl")] == [*range(1, 12)]
+
+
+def test_training_on_does_not_write_into_the_checkpoint(tmp_path):
+    """The file is mapped into memory, and the weights of a loaded optimizer may lie in it."""
+    run = utils.Run(Args(output_dir=str(tmp_path / "run")), ONE, "sft")
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    state = {"layer": layer, "optimizer": optimizer}
+    run.save_checkpoint(1, state)
+    path = run.folder / "checkpoints" / "step_000001.pt"
+    before = path.read_bytes()
+    run.load_checkpoint(state)
+    optimizer.step()
+    assert path.read_bytes() == before
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     utils.Run(Args(output_dir=str(tmp_path / "run")), ONE, "sft")
-    run = utils.Run(utils.prepare(Args(resume=str(tmp_path / "run"))), ONE, "sft")
-    refused("--resume .*no checkpoint.*--save_every", run.load_checkpoint)
+    run = utils.Run(utils.resolve_args(Args(resume=str(tmp_path / "run"))), ONE, "sft")
+    refused("--resume .*no checkpoint.*--save_every", run.load_checkpoint, {})
 
 
-def test_resuming_takes_the_runs_own_arguments_and_refuses_others(tmp_path):
-    folder = str(tmp_path / "run")
-    utils.Run(Args(output_dir=folder, lr=0.5, seed=7), ONE, "sft")
-    assert utils.prepare(Args(lr=3.0)) == Args(lr=3.0)  # nothing to resume
-    args = utils.prepare(Args(resume=folder))
-    assert (args.lr, args.seed, args.output_dir, args.resume) == (0.5, 7, folder, folder)
-    assert utils.prepare(Args(resume=folder, lr=0.5)).lr == 0.5  # the same value may be repeated
-    refused("--lr .*differs", utils.prepare, Args(resume=folder, lr=0.25))
-    refused("--output_dir .*differs", utils.prepare, Args(resume=folder, output_dir=str(tmp_path / "other")))
-    refused("--resume .*nowhere.*args.json", utils.prepare, Args(resume=str(tmp_path / "nowhere")))
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    record["args"]["flag_of_another_script"] = 1
-    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
-    refused("--flag_of_another_script differs", utils.prepare, Args(resume=folder))
-
-
-def test_numbers_that_turn_an_objective_round_are_refused():
-    @dataclass
-    class Numbers(Args):
-        price: float | None = None
-        penalty: float | str = -1.0
-        num_epochs: int = 3
-        save_every: int = 0
-
-    fine = Numbers(lr=0.0, seed=-3, price=0.0, penalty=-5.0)
-    assert utils.prepare(fine) == fine
-    for name, value in {"lr": -0.1, "price": -0.1, "num_epochs": 0, "save_every": -1}.items():
-        refused(f"--{name} {value}: must be at least", utils.prepare, Numbers(**{name: value}))
-    for value in (math.nan, math.inf):
-        refused("--price .* finite", utils.prepare, Numbers(price=value))
-    for value in (math.nan, math.inf, -math.inf):
-        refused(f"--penalty {value}: must be finite", utils.prepare, Numbers(penalty=value))
-
-
-def test_a_moved_run_can_be_resumed(tmp_path):
-    utils.Run(Args(output_dir=str(tmp_path / "run"), lr=0.5), ONE, "sft")
-    (tmp_path / "run").rename(tmp_path / "moved")
-    args = utils.prepare(Args(resume=str(tmp_path / "moved")))
-    assert args.lr == 0.5 and args.output_dir == str(tmp_path / "moved")
-
-
-def test_newest_run_is_the_newest_finished_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(r"`python sft.py`", utils.newest_run, "sft")
-    for i, name in enumerate(["sft__1__300", "sft__2__200", "reward_model__1__400"]):
-        model = Path("runs") / name / "model"
-        model.mkdir(parents=True)
-        (model / "config.json").write_text("{}")
-        for path in (model / "config.json", model):
-            os.utime(path, (1000 + i, 1000 + i))
-    Path("runs/sft__3__500/checkpoints").mkdir(parents=True)  # unfinished
-    assert utils.newest_run("sft") == "runs/sft__2__200/model"
-    refused(r"`python ppo_rlhf.py`", utils.newest_run, "ppo_rlhf")
+def test_progress_counts_the_steps_that_are_left():
+    assert list(utils.progress(3, 6, ONE, "sft")) == [4, 5, 6]
+    assert list(utils.progress(0, 2, utils.Ranks(1, 2, CPU), "sft")) == [1, 2]
 
 
 def test_save_pretrained_shows_a_folder_when_it_is_complete(tmp_path, tokenizer):
@@ -492,292 +1450,9 @@ def test_save_pretrained_shows_a_folder_when_it_is_complete(tmp_path, tokenizer)
     with pytest.raises(OSError, match="disk full"):
         utils.save_pretrained(tmp_path / "model", tokenizer, Broken())
     assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old.txt").touch()  # Left by a run that was stopped.
     utils.save_pretrained(tmp_path / "model", tokenizer)
     assert (tmp_path / "model" / "tokenizer.json").is_file()
+    assert not (tmp_path / "model" / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_launch_turns_a_user_error_into_one_line(capsys):
-    def main(args):
-        raise utils.UserError(f"{args}: wrong")
-
-    with pytest.raises(SystemExit) as caught:
-        utils.launch(main, "this")
-    assert caught.value.code == 1 and capsys.readouterr().err == "error: this: wrong\n"
-    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
-        utils.launch(lambda args: 1 / 0, None)
-
-
-@pytest.mark.parametrize("name", ["there", "file/run"])
-def test_a_run_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, name):
-    """Another run has made it since the flags were read (two runs of one seed in one second), or a file is in its way."""
-    (tmp_path / "there" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "file").touch()
-
-    def main(args):
-        utils.Run(args, utils.Ranks(0, 1, torch.device("cpu")), "ppo_rlhf")
-
-    with pytest.raises(SystemExit) as caught:
-        utils.launch(main, ppo_rlhf.Args(output_dir=str(tmp_path / name)))
-    error = capsys.readouterr().err
-    assert caught.value.code == 1 and error.startswith("error: ") and str(tmp_path / name) in error
-    assert error.count("\n") == 1
-
-
-def test_check_divides():
-    utils.check_divides(4, 8, "--batch_size by the number of ranks")
-    for divisor, number in [(3, 8), (0, 8), (2, 0)]:
-        with pytest.raises(utils.UserError, match=re.escape("--batch_size by the number of ranks")):
-            utils.check_divides(divisor, number, "--batch_size by the number of ranks")
-
-
-def test_gelu_is_computed_in_one_kernel_and_is_the_same_function(gpt2_folder):
-    """transformers' gelu_new is eight operations on the widest tensor of a GPT-2; torch has the same formula as one."""
-    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
-    ours, _ = utils.load_pretrained(AutoModelForCausalLM, gpt2_folder)
-    assert plain.config.activation_function == "gelu_new" and ours.config.activation_function == "gelu_pytorch_tanh"
-    ids = torch.arange(3, 11)[None]
-    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-6)
-
-
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-CAUSAL = {
-    "gpt2": GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=16, bos_token_id=0, eos_token_id=0),
-    "grouped queries": LlamaConfig(**SIZES),
-    "a window of 3": MistralConfig(sliding_window=3, **SIZES),
-    "capped logits": Gemma2Config(attn_logit_softcapping=1.0, query_pre_attn_scalar=4, sliding_window=4, **SIZES),
-}
-
-
-def with_plain_attention(config, folder, T):
-    """(model as the scripts load it, ids and mask (3,T): whole, left padded, right padded), weights not small."""
-    torch.manual_seed(0)
-    config.save_pretrained(folder)
-    model, _ = utils.load_pretrained(AutoModelForCausalLM, str(folder))
-    model.set_attn_implementation("eager")  # on CUDA too
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.4)
-    mask = torch.ones(3, T, dtype=torch.long)
-    mask[1, : T // 3], mask[2, T - T // 3 :] = 0, 0
-    return model, torch.randint(16, (3, T)), mask
-
-
-@pytest.mark.parametrize("T", [1, 2, 9, 16])
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_causal_attention_is_attention(kind, T, tmp_path, monkeypatch):
-    """Logits and gradients are those of the model's own attention in one call, and no half of the queries that cannot
-    see the second half of the keys meets it."""
-    model, ids, mask = with_plain_attention(CAUSAL[kind], tmp_path, T)
-    module = sys.modules[type(model).__module__]
-    plain, met = module.eager_attention_forward, []
-
-    def spy(layer, query, key, *others, **options):
-        met.append((query.shape[2], key.shape[2]))
-        return plain(layer, query, key, *others, **options)
-
-    monkeypatch.setattr(module, "eager_attention_forward", spy)
-    results = []
-    for is_causal in (True, False):
-        for layer in model.modules():
-            if hasattr(layer, "is_causal"):
-                layer.is_causal = is_causal
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        grads = torch.autograd.grad(torch.where(mask[..., None] == 1, logits, 0).square().sum(), [*model.parameters()])
-        results.append([torch.where(mask[..., None] == 1, logits, 0), *grads])
-    assert met == [(T // 2, T // 2), (T - T // 2, T)] * 2 + [(T, T)] * 2
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_attention_for_the_one_token_of_a_row_that_is_read(kind, tmp_path, monkeypatch):
-    """Logits and gradients at that token are those of the whole; the last layer, which is told of it, has one query a row."""
-    model, ids, mask = with_plain_attention(CAUSAL[kind], tmp_path, 9)
-    module, reads = sys.modules[type(model).__module__], (torch.arange(3), torch.tensor([8, 7, 5]))
-    plain, met, results = module.eager_attention_forward, [], []
-
-    def spy(layer, query, key, *others, **options):
-        met.append((query.shape[2], key.shape[2]))
-        return plain(layer, query, key, *others, **options)
-
-    monkeypatch.setattr(module, "eager_attention_forward", spy)
-    *_, last = (layer for layer in model.modules() if hasattr(layer, "is_causal"))
-    for last.reads in (reads, None):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[reads]
-        results.append([logits, *torch.autograd.grad(logits.square().sum(), [*model.parameters()])])
-    assert met == [(4, 4), (5, 9), (1, 9), (4, 4), (5, 9), (4, 4), (5, 9)]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_that_is_not_causal_is_left_whole(tmp_path):
-    """A config can make a causal model see both ways; the first hidden state then answers to the last token."""
-    model, ids, mask = with_plain_attention(LlamaConfig(is_causal=False, **SIZES), tmp_path, 8)
-    first = [
-        model(torch.cat([ids[:, :7], ids[:, 7:] * 0 + last], 1), attention_mask=mask).logits[0, 0] for last in (3, 4)
-    ]
-    assert (first[0] - first[1]).abs().max() > 1e-3
-
-
-def test_attention_is_halved_only_where_nothing_else_has_positions(tmp_path):
-    """A bias of each pair of positions is no mask and is not cut; a module that does not say that it is causal is not."""
-    model, _, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 8)
-    module, options = model.model.layers[0].self_attn, {"scaling": 0.5, "dropout": 0.0}
-    query, (key, value) = torch.randn(3, 4, 8, 4), torch.randn(2, 3, 2, 8, 4)
-    options["attention_mask"] = torch.full((8, 8), -1e9).triu(1).expand(3, 1, 8, 8)
-    halved, weights = utils.causal_attention(module, query, key, value, **options)
-    assert weights is None and halved.shape == (3, 8, 4, 4)
-    whole, weights = utils.causal_attention(module, query, key, value, **options, bias=torch.zeros(1, 4, 8, 8))
-    assert weights.shape == (3, 4, 8, 8)
-    torch.testing.assert_close(halved, whole, rtol=1e-4, atol=1e-5)
-    del module.is_causal
-    assert utils.causal_attention(module, query, key, value, **options)[1] is not None
-
-
-def test_causal_attention_reads_a_cache_whole(tmp_path):
-    """Behind a prompt the next tokens see all slots that are written, their own half or not."""
-    model, ids, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 12)
-    whole, cache = model(ids).logits, DynamicCache(config=model.config)
-    parts = [model(x, past_key_values=cache).logits for x in (ids[:, :5], ids[:, 5:11], ids[:, 11:])]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_is_not_cudnns():
-    """Its gradients are NaN with a mask at some lengths on H100 and H200 under torch 2.13 (pytorch issue 196678)."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    utils.init_ranks()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="older transformers repeat the keys")
-def test_a_compiled_step_repeats_no_key_of_grouped_queries(tmp_path):
-    """With torch's attention, which CUDA uses: it gets the cache as it lies, and the tokens are those of plain attention."""
-    model, _, _ = with_plain_attention(CAUSAL["grouped queries"], tmp_path, 8)
-    queries, uniforms = torch.randint(2, 16, (3, 5)), torch.rand(3, 6)
-    mask = torch.tensor([[True] * 5, [False] * 2 + [True] * 3, [False] + [True] * 4])
-    inputs = (queries, mask, uniforms, 1.0, [0], 1)
-    expected = ppo_rlhf.generate(model, *inputs)
-    model.set_attn_implementation("sdpa")
-    shapes = []
-
-    def look(graph, inputs):
-        attention = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
-        shapes.extend(tuple(x.meta["val"].shape) for node in attention for x in node.args[:3])
-        return graph.forward
-
-    backend = functools.partial(aot_module_simplified, fw_compiler=look)
-    step = torch.compile(ppo_rlhf.decode_step, fullgraph=True, backend=backend)
-    cache = StaticCache(config=model.config, max_cache_len=11)
-    assert torch.equal(ppo_rlhf.generate(model, *inputs, step=step, cache=cache), expected)
-    assert shapes == [(3, 2, 2, 4), (3, 2, 11, 4), (3, 2, 11, 4)] * 2  # 4 heads, 2 of keys and values
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU compiler")
-def test_compiled_on_cpu_tanh_is_computed_by_exp_and_no_boolean_mask_is_stored():
-    """A stored mask of booleans is read one by one (ReLU's backward took 20 times as long), tanh costs twice an exp."""
-    utils.init_ranks()
-    generator = torch.Generator().manual_seed(0)
-    x, *weights = (torch.randn(4, 16, 16, generator=generator, requires_grad=True) for _ in range(3))
-    weights = [weight[0].detach().requires_grad_() for weight in weights]
-
-    def layers(x, w, u):
-        hidden = torch.relu(torch.nn.functional.linear(x, w))
-        return torch.nn.functional.gelu(torch.nn.functional.linear(hidden, u) / 4, approximate="tanh")
-
-    stored = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda y: stored.append(y.dtype) or y, lambda y: y):
-        y, codes = run_and_get_code(torch.compile(layers), x, *weights)
-    assert len(stored) > 3 and torch.bool not in stored
-    assert ".exp()" in codes[0] and ".tanh()" not in codes[0]
-    y.sum().backward()
-    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *weights)]
-    layers(*exact).sum().backward()
-    torch.testing.assert_close(y.double(), layers(*exact), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip((x, *weights), exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_on_cpu_no_softmax_is_computed_twice(monkeypatch):
-    """Its output is stored: the setting that would also keep masks of booleans out computes it anew in the backward."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the settings of a machine without
-    utils.init_ranks()
-    query, key, value = (torch.randn(4, 16, 8, requires_grad=True) for _ in range(3))
-
-    def attention():
-        return (query @ key.transpose(1, 2)).softmax(-1) @ value
-
-    def gradients(function):
-        return torch.autograd.grad(function().square().sum(), (query, key, value))
-
-    result, codes = run_and_get_code(gradients, torch.compile(attention))
-    torch.testing.assert_close(result, gradients(attention), rtol=1e-4, atol=1e-4)
-    assert [".exp()" in code for code in codes] == [True, False]  # the forward, the backward
-
-
-def test_compiled_gradients_of_an_embedding_are_the_same_every_time():
-    """Left to itself the compiler adds rows that meet in one id atomically: two threads round differently each time."""
-    threads, weight = torch.get_num_threads(), torch.nn.Embedding(64, 256)
-    torch.manual_seed(0)
-    ids, y = torch.randint(64, (64, 128)), torch.randn(64, 128, 256)
-    torch.set_num_threads(2)
-    try:
-        with fresh_cache():
-            torch.autograd.grad((torch.compile(weight)(ids) * y).sum(), weight.weight)  # leaves its graph in the cache
-            torch.compiler.reset()
-            compiled = utils.wrap(weight, ONE, compiled=True)
-            grads = [torch.autograd.grad((compiled(ids) * y).sum(), weight.weight)[0] for _ in range(12)]
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(grad, grads[0]) for grad in grads)
-    exact = torch.zeros(64, 256, dtype=torch.double).index_add_(0, ids.flatten(), y.double().flatten(0, 1))
-    torch.testing.assert_close(grads[0].double(), exact, rtol=1e-5, atol=1e-4)
-
-
-def test_compiled_on_cpu_the_logits_are_stored_once():
-    """Storing what takes a few operations, for the mask's sake, must not store another tensor of the logits' size: neither
-    for the log-probabilities nor, beside the gradient itself, in their backward."""
-    utils.init_ranks()
-    logits, tokens = torch.randn(4, 6, 4096, requires_grad=True), torch.arange(24).view(4, 6)
-    inputs = (logits, tokens, 0.7, torch.zeros(4096), False)
-
-    def gradient(function):
-        return torch.autograd.grad(function(*inputs)[0].sum(), logits)[0]
-
-    compiled = torch.compile(ppo_rlhf.token_logprobs, dynamic=True)
-    result, codes = run_and_get_code(gradient, compiled)
-    torch.testing.assert_close(result, gradient(ppo_rlhf.token_logprobs), rtol=1e-4, atol=1e-6)
-    sizes = [re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code) for code in codes]
-    assert [
-        sum(len(size.split(",")) == 3 and size.split(",")[2].strip() != "1" for size in found) for found in sizes
-    ] == [0, 1]
-
-
-@pytest.mark.parametrize("script", ["ilql_rlhf", "reward_model", "sft"])
-def test_compiled_on_cpu_the_causal_mask_is_computed_once(tmp_path, monkeypatch, script):
-    """In what the scripts compile whole. Left to itself the compiler computes it, or the choice between 0 and the least number
-    by a mask of booleans, anew for every element of every layer's softmax."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the settings of a machine without
-    utils.init_ranks()
-    ids, mask = torch.arange(48).view(4, 12) % 16, torch.ones(4, 12, dtype=torch.long)
-    mask[:2, 7:] = 0
-    GPT2Config(
-        n_layer=3, n_embd=24, n_head=2, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    ).save_pretrained(tmp_path)
-    if script == "reward_model":
-        classifier, _ = utils.load_pretrained(AutoModelForSequenceClassification, str(tmp_path), num_labels=1)
-        module, inputs = reward_model.Scorer(classifier), (ids, mask)
-    else:
-        model, _ = utils.load_pretrained(AutoModelForCausalLM, str(tmp_path))
-        states = torch.arange(5, 11).expand(4, -1)
-        module = sft.LabelledLogits(model) if script == "sft" else ilql_rlhf.ILQL(model, 2)
-        inputs = (ids, mask, 7 if script == "sft" else states)
-    result, codes = run_and_get_code(utils.wrap(module, ONE, True), *inputs)
-    torch.testing.assert_close(result, module(*inputs), rtol=1e-4, atol=1e-5)
-    calls = []
-    for name, kernel in re.findall(r"(\w+) = async_compile\.cpp_pybinding\(.*?r'''(.*?)'''", codes[0], re.DOTALL):
-        if str(torch.finfo(torch.float32).min) in kernel:
-            calls += re.findall(rf"^ +{name}\(", codes[0], re.MULTILINE)
-    assert len(calls) == 1
