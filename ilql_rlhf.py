@@ -409,8 +409,9 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
+    # Rounding can put the target at the total, or let a parallel sum step up where the probability
+    # is 0. Then the index is no token, or an impossible one: take the most likely token instead.
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    # A parallel sum may step up where the probability is 0, by rounding.
     is_possible = probabilities.gather(1, tokens) > 0
     return torch.where(is_possible, tokens, likeliest).squeeze(1)
 
@@ -443,7 +444,9 @@ def generate_steered(
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
     prompt_lengths = query_mask.long().sum(1, keepdim=True)
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
-    key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
+    # The slots of the cache that may be read. Rows that have ended go on with pads, which nobody
+    # looks at, until all have ended.
+    key_mask = F.pad(query_mask.long(), (0, R))
     beta = torch.as_tensor(beta, device=queries.device)  # A number would be compiled as a constant.
     options = {"beta": beta, "temperature": temperature, "allowed": allowed}
     options["past_key_values"] = cache

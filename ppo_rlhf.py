@@ -10,8 +10,8 @@ Each update:
     2. score        each response gets a score; each of its tokens gets a log-probability under the
                     policy and under the frozen reference, and the value of the state before it
     3. advantages   token t is rewarded with -kl_coef * (logprob - ref_logprob), and the last token
-                    with the score too; GAE(gamma, lam) gives advantages, which are whitened, and
-                    returns
+                    with the score too; GAE(gamma, lam) turns rewards and values into advantages and
+                    returns; then the advantages are whitened
     4. update       num_epochs passes over the batch, of num_minibatches optimizer steps each:
                     clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy
 
@@ -20,7 +20,8 @@ Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/mode
                     --reward_model runs/my_rm/model --dataset my_prompts.jsonl --lr 1e-5
 
 Shapes: B rows on this rank; P tokens of the longest prompt of the data set; R response_length, or
-in a micro-batch its longest response; T = P + R; V vocabulary; d width.
+in a micro-batch its longest response; T = P + R, or in a micro-batch its longest row; V vocabulary;
+d width.
 
 Time: index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
 values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
@@ -35,8 +36,9 @@ After the end of a response: `responses` holds the pad id, `input_ids` holds EOS
 token itself belongs to the response: its mask is True.
 
 Rules that you might not expect:
-    - A response ends at EOS, at any further EOS id of the model's configs, or at --stop_token, but
-      not before --min_length: an end token that is sampled earlier stays, and the row goes on.
+    - A response ends at EOS, at any further EOS id of the model's configs, or at --stop_token. An
+      end token among its first --min_length tokens is an ordinary token: it stays, the response
+      goes on, and `mask` is True across it.
     - A response that reaches --response_length without an end token counts as finished all the
       same: the state after its last token is worth 0, and nothing is bootstrapped. Its score is
       replaced by --missing_eos_score, unless that is none.
@@ -51,28 +53,35 @@ Rules that you might not expect:
     - Old log-probabilities come from the model that is trained, not from the sampler. So the
       probability ratios of an update's first step are 1, up to rounding.
     - The sampler is a copy of the policy that is refreshed before each rollout. Under --precision
-      bf16 the sampler, the reference and the reward model are rounded to bf16, the others compute
-      in bf16 by autocast, and the first KL is only nearly 0. Log-softmax, scores, values and losses
-      are computed in fp32 always. Dropout is off.
+      bf16 the weights of the sampler, the reference and the reward model are rounded to bf16; those
+      of policy and critic stay fp32 and compute in bf16 by autocast. The first KL is then only
+      nearly 0. Log-softmax, score heads, values and losses are computed in fp32 always. Dropout is
+      off.
+    - With --value_trunk shared the gradient of the value loss reaches the policy's network.
     - Advantages are whitened over the real tokens of the whole batch, on all ranks. The loss of a
       step is a sum over the real tokens of its minibatch, divided by their number on all ranks.
-    - Every rank holds the batch of all ranks. A minibatch is drawn from the whole batch, sorted by
-      length, and dealt out to the ranks in turn. So neither the number of ranks nor
-      --micro_batch_size changes the result, up to rounding.
+    - Each rank samples and scores its own rows; for the update every rank gathers those of all. A
+      minibatch is drawn from all rows, sorted by length, and dealt out to the ranks in turn. So
+      neither the number of ranks nor --micro_batch_size changes the result, up to rounding.
     - A step is skipped, on all ranks, if its gradient is not finite, or if its mean probability
-      ratio is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends the update.
+      ratio is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends the update
+      before a step, but never before its first. Neither kind of minibatch enters the metrics.
     - With --compile, which is the default on CUDA, these are compiled and nothing else is: the
       layers of all models but the sampler, the sampler's decoding step after the prompt, and
       `token_logprobs`.
 
 What the helpers from utils.py do, as far as the algorithm needs them:
-    whiten(x, mask)                  mean 0 and variance 1 over the mask, on all ranks; 0 outside it
+    whiten(x, mask, shift_mean)      x scaled to mean 0 (or, if not shift_mean, to its own mean) and
+                                     variance 1 over the mask, on all ranks; 0 outside it
     masked_mean(x, mask)             mean over the mask, on all ranks
     all_gather(x)                    the rows of all ranks, in rank order
     pack_rows(input_ids, mask)       every row's real tokens moved to the left, and their number
     split_by_length(lengths, size)   row numbers sorted by length, in groups of at most `size`; with
                                      ranks, only every world_size-th of the sorted rows: our share
     select(batch, rows)              these rows of every tensor, cut after the longest of them
+    allowed_ids(tokenizer, ...)      True for ids that have a token, but for the pad
+    seeded(*key)                     a random generator that depends on the key alone
+    copy_weights(source, target)     in place, rounded to the target's precision
     head_logits(model, hidden)       the language-model head
     Means                            exact means by name, over micro-batches and ranks
 """
@@ -89,13 +98,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from utils import Means, Run, UserError, all_eos_ids, all_gather, allowed_ids, autocast
 from utils import call_reward_fn, check_above_zero, check_at_least, check_decoding, check_divides
-from utils import check_finite
-from utils import check_positions, check_same_tokenizer, check_shared_flags, clear_gradients
-from utils import compile_layers, copy_weights, fit_to_tokenizer, head_logits, init_ranks, launch
-from utils import left_pad, load_function, load_pretrained, load_prompts, load_tokenizer
-from utils import masked_mean, newest_run, pack_rows, progress, prompt_order, resolve_args
-from utils import save_pretrained, seeded, select, split_by_length, static_cache, stop_token_ids
-from utils import Stopwatch, sum_over_ranks, to_bf16, total_lengths, whiten, wrap
+from utils import check_finite, check_positions, check_same_tokenizer, check_shared_flags
+from utils import clear_gradients, compile_layers, copy_weights, fit_to_tokenizer, head_logits
+from utils import init_ranks, launch, left_pad, load_function, load_pretrained, load_prompts
+from utils import load_tokenizer, masked_mean, newest_run, pack_rows, progress, prompt_order
+from utils import resolve_args, save_pretrained, seeded, select, split_by_length, static_cache
+from utils import Stopwatch, stop_token_ids, sum_over_ranks, to_bf16, total_lengths, whiten, wrap
 
 
 @dataclass
@@ -137,9 +145,9 @@ class Args:
     response_length: int = 10
     """tokens of a response at most, the end token included"""
     stop_token: str | None = None
-    """a text, such as ".", whose tokens end a response as EOS does; none: EOS alone"""
+    """a text, such as ".", each of whose tokens ends a response as EOS does; none: EOS alone"""
     min_length: int = 0
-    """tokens of a response before an end token ends it"""
+    """an end token among the first min_length tokens of a response does not end it"""
     temperature: float = 1.0
     """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
@@ -176,7 +184,7 @@ class Args:
     cliprange_score: float | None = None
     """clip scores to -cliprange_score .. cliprange_score, after normalisation; none: never"""
     whiten_rewards: bool = False
-    """divide the rewards of a batch by their standard deviation, keeping their mean"""
+    """replace the rewards r of a batch by (r - mean) / standard deviation + mean"""
     missing_eos_score: float | Literal["none"] = -1.0
     """the score of a response that does not end by itself; none: it keeps its own score"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -238,28 +246,23 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, equation 16).
 
-    The usual recursion, backwards from the last token, after which the value and the advantage are
-    0:
-
-        delta[t] = rewards[t] + gamma * values[t + 1] - values[t]
-        advantages[t] = delta[t] + gamma * lam * advantages[t + 1]
-        returns[t] = advantages[t] + values[t]
-
-    Unrolled, this is equation 16 itself: advantages[t] = sum over k >= t of (gamma * lam)^(k - t) *
-    delta[k]. Here that sum is one product with a lower triangular matrix, which a GPU computes at
-    once where the recursion takes R small steps. It is in fp64, so that no TF32 product rounds it.
+    delta[t] = rewards[t] + gamma * values[t + 1] - values[t], and the advantage of token t is the
+    sum of (gamma * lam)^(k - t) * delta[k] over k >= t, computed backwards from the last token. The
+    state after a row's last token is terminal: its value is 0. Nothing outside the mask has an
+    influence.
     """
-    dtype = values.dtype
-    rewards = torch.where(mask, rewards, 0.0).double()
-    values = torch.where(mask, values, 0.0).double()
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + gamma * next_values - values
-    steps = torch.arange(deltas.shape[1], device=deltas.device)
-    exponents = (steps[:, None] - steps).clamp(min=0)  # k - t in row k and column t.
-    weights = torch.tril((gamma * lam) ** exponents.double())
-    advantages = torch.where(mask, deltas @ weights, 0.0)
+
+    advantages = torch.zeros_like(deltas)
+    advantage = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * lam * advantage
+        advantages[:, t] = advantage
     returns = advantages + values
-    return advantages.to(dtype), returns.to(dtype)
+    return advantages, returns
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
@@ -279,10 +282,11 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=No
 def value_loss(new_values, values, returns, cliprange_value):
     """Half the squared error of the value, clipped: (loss, clipped), each (B,R).
 
-    The larger of two errors counts: that of the new value, and that of the new value moved no
-    further than cliprange_value from the old one (as in the code of Ziegler et al. 2019). So
-    nothing pulls a value on towards its return once it has moved that far. clipped: as in
-    `policy_loss`.
+    The larger of two errors counts: that of the new value, and that of the clipped value, which is
+    at most cliprange_value away from the old one (as in the code of Ziegler et al. 2019). So there
+    is no gradient where the new value is beyond the clipped one on the way to the return, and the
+    full gradient wherever it is further from the return. clipped: where the clipped error is
+    strictly the larger.
     """
     change = (new_values - values).clamp(-cliprange_value, cliprange_value)
     unclipped_loss = 0.5 * (new_values - returns) ** 2
@@ -368,7 +372,7 @@ class RunningMoments:
         self.total_of_squares += total_of_squares
 
     def normalise(self, scores):
-        """The scores less the mean, divided by the standard deviation."""
+        """(scores - mean) / standard deviation."""
         mean = self.total / max(self.count, 1)
         variance = self.total_of_squares / max(self.count, 1) - mean**2
         return (scores - mean) / math.sqrt(max(variance, 0.0) + 1e-8)
@@ -385,7 +389,11 @@ class RunningMoments:
 
 
 def response_positions(input_ids, prompt_lengths, response_length):
-    """(B,R): where response token t of each row stands in input_ids (B,T), at most T - 1."""
+    """(B,R): where response token t of each row stands in input_ids (B,T).
+
+    After the end of a row these are its padding, and at most T - 1: what is computed there is
+    masked.
+    """
     t = torch.arange(response_length, device=input_ids.device)
     return (prompt_lengths[:, None] + t).clamp(max=input_ids.shape[1] - 1)
 
@@ -451,8 +459,9 @@ class ActorCritic(torch.nn.Module):
     def forward(self, input_ids, prompt_lengths, response_length):
         """logprobs, entropy and values of the response tokens, each (B,R)."""
         output = self.actor(input_ids, prompt_lengths, response_length)
-        hidden = output["hidden"]  # The critic's own, if it shares the policy's network.
-        if self.critic.base_model is not self.actor.model.base_model:
+        if self.critic.base_model is self.actor.model.base_model:
+            hidden = output["hidden"]  # A shared trunk, which the value loss trains too.
+        else:
             positions = response_positions(input_ids, prompt_lengths, response_length)
             hidden = response_hidden(self.critic, input_ids, positions)
         values = score_head(self.critic, hidden)
@@ -478,8 +487,9 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
+    # Rounding can put the target at the total, or let a parallel sum step up where the probability
+    # is 0. Then the index is no token, or an impossible one: take the most likely token instead.
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    # A parallel sum may step up where the probability is 0, by rounding.
     is_possible = probabilities.gather(1, tokens) > 0
     return torch.where(is_possible, tokens, likeliest).squeeze(1)
 
@@ -510,7 +520,9 @@ def generate(
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
     prompt_lengths = query_mask.long().sum(1, keepdim=True)
     positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
-    key_mask = F.pad(query_mask.long(), (0, R))  # The slots of the cache that hold a real token.
+    # The slots of the cache that may be read. Rows that have ended go on with pads, which nobody
+    # looks at, until all have ended.
+    key_mask = F.pad(query_mask.long(), (0, R))
     options = {"temperature": temperature, "allowed": allowed, "past_key_values": cache}
 
     responses = torch.full((B, R), pad_id, device=queries.device)
@@ -579,6 +591,8 @@ def rollout(sampler, prompts, uniforms, longest_prompt, eos_id, **sampling):
     both_masks = torch.cat([query_mask, mask], dim=1)
     input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), both_masks)
     is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+    # After a row, log-probabilities are computed too and then masked. The pad has probability 0, so
+    # its log-probability would be -inf and its gradient NaN: EOS, a possible token, stands there.
     return {
         "input_ids": torch.where(is_real, input_ids, eos_id),
         "is_real": is_real,
@@ -608,7 +622,7 @@ def score_batch(batch, actor_critic, reference_actor, reward_model, args):
         with autocast(args, device):
             old = actor_critic(part["input_ids"], part["prompt_lengths"], R)
             ref = reference_actor(part["input_ids"], part["prompt_lengths"], R)
-            if reward_model is not None:
+            if reward_model is not None:  # is_real only says where each row ends.
                 raw_scores[rows] = last_token_scores(
                     reward_model, part["input_ids"], part["is_real"]
                 )
@@ -624,8 +638,7 @@ def score_batch(batch, actor_critic, reference_actor, reward_model, args):
 
 
 def final_scores(raw_scores, has_eos, moments, args):
-    """The scores (B,) that are paid: normalised, clipped, and replaced where no EOS ends a
-    response.
+    """The scores (B,) that are paid: normalised, clipped, and replaced where nothing ended a row.
 
     Scores that are going to be replaced do not enter the running moments.
     """
@@ -643,26 +656,29 @@ def final_scores(raw_scores, has_eos, moments, args):
     return scores
 
 
-def accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks):
+def accumulate_gradients(train_model, full_batch, minibatch, loss_fn, args, ranks):
     """Forward and backward of this rank's share of a minibatch, in micro-batches of similar length.
 
-    batch: the rows of all ranks. minibatch: row numbers, on the CPU, the same on all ranks. Returns
-    the `Means` of this rank's share.
+    full_batch: the rows of all ranks. minibatch: row numbers, on the CPU, the same on all ranks.
+    Returns the `Means` of this rank's share.
     """
     means = Means()
-    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()  # Of all ranks' shares together.
-    lengths = total_lengths(batch)[minibatch]
+    # The real tokens of the minibatch, in the shares of all ranks together.
+    num_tokens = full_batch["mask"][minibatch.to(ranks.device)].sum()
+    lengths = total_lengths(full_batch)[minibatch]
     groups = split_by_length(lengths, args.micro_batch_size, ranks)  # Indices into minibatch.
     for i, group in enumerate(groups):
-        part = select(batch, minibatch[group].to(ranks.device, non_blocking=True))
+        rows = minibatch[group].to(ranks.device, non_blocking=True)
+        part = select(full_batch, rows)
         # With several ranks, DDP exchanges gradients in the last backward only.
         train_model.require_backward_grad_sync = i + 1 == len(groups)
         with autocast(args, ranks.device):
             R = part["mask"].shape[1]
             new = train_model(part["input_ids"], part["prompt_lengths"], R)
             loss_sum, stats = loss_fn(new, part, args)
+        loss = loss_sum / num_tokens
         # DDP averages gradients over ranks; the factor turns that average into a sum.
-        (loss_sum * ranks.world_size / num_tokens).backward()
+        (loss * ranks.world_size).backward()
         means.add(stats, part["mask"])
     return means
 
@@ -670,32 +686,35 @@ def accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks):
 def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
     """num_epochs passes over the batch of all ranks, in num_minibatches optimizer steps each.
 
-    Returns the metrics of the steps taken, and how many were taken and skipped.
+    batch: this rank's rows. Returns the metrics of the steps taken, and how many were taken and
+    skipped. Raises UserError if all were skipped.
     """
-    batch = {name: all_gather(x) for name, x in batch.items()}
+    full_batch = {name: all_gather(x) for name, x in batch.items()}
     means = Means()
     counts = {"optim/steps": 0, "optim/skipped": 0, "optim/early_stops": 0}
-    minibatches = []
+    minibatches = []  # Of all epochs, so that one break ends the update.
     for epoch in range(args.num_epochs):
         generator = seeded(args.seed, "minibatches", update, epoch)
         order = torch.randperm(args.batch_size, generator=generator)
         minibatches += order.split(args.batch_size // args.num_minibatches)
 
     for minibatch in minibatches:
-        step_means = accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks)
+        step_means = accumulate_gradients(train_model, full_batch, minibatch, loss_fn, args, ranks)
         max_norm = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(train_model.parameters(), max_norm)
         step_means.add({"optim/grad_norm": grad_norm})
 
-        # These numbers are the same on all ranks, so all of them go on, skip or stop together.
+        # Means over all ranks, so that all ranks decide alike.
         stats = step_means.over_ranks()
         kl_limit = args.early_stop_kl or math.inf
-        if counts["optim/steps"] > 0 and stats["policy/approxkl_avg"] > kl_limit:
+        is_too_far = stats["policy/approxkl_avg"] > kl_limit
+        ratio_is_fine = 1 / args.ratio_guard <= stats["val/ratio"] <= args.ratio_guard
+        gradient_is_fine = math.isfinite(stats["optim/grad_norm"])
+        if is_too_far and counts["optim/steps"] > 0:
             counts["optim/early_stops"] = 1
             clear_gradients(optimizer)
             break
-        ratio_is_fine = 1 / args.ratio_guard <= stats["val/ratio"] <= args.ratio_guard
-        if ratio_is_fine and math.isfinite(stats["optim/grad_norm"]):
+        if ratio_is_fine and gradient_is_fine:
             optimizer.step()
             means.merge(step_means)
             counts["optim/steps"] += 1
@@ -723,8 +742,8 @@ def explained_variance(values, returns, mask):
     return (1 - error_variance / variance).item()
 
 
-def rollout_metrics(batch, kl_coef, more):
-    """Means over responses and response tokens of all ranks; more: other tensors (B,) by name."""
+def rollout_metrics(batch, kl_coef, extra):
+    """Means over responses and response tokens of all ranks; extra: other tensors (B,) by name."""
     mask = batch["mask"]
     log_ratio = batch["logprobs"] - batch["ref_logprobs"]
     k3 = torch.exp(-log_ratio) - 1 + log_ratio
@@ -741,7 +760,7 @@ def rollout_metrics(batch, kl_coef, more):
             "objective/rlhf_reward": batch["scores"] - kl_coef * kl,
             "val/sequence_lengths": mask.sum(1),
             "val/has_eos": batch["has_eos"],
-            **more,
+            **extra,
         }
     )
     means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
@@ -809,9 +828,10 @@ def load_models(args, tokenizer, num_positions, device):
         reward_model, _ = load_pretrained(kind, args.reward_model, num_labels=1)
     if reward_model is None or args.value_trunk == "shared":
         kind = AutoModelForSequenceClassification
+        # A language model has no score.weight: that may be missing, and is set here.
         critic, _ = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
-        # The same weights, also where --model is only a config and both were random.
+        # If --model is only a config, both were random, each in its own way: make them equal.
         critic.base_model.load_state_dict(policy.base_model.state_dict())
     else:
         critic = copy.deepcopy(reward_model)
@@ -836,7 +856,7 @@ def load_models(args, tokenizer, num_positions, device):
     return policy, reference, critic, reward_model
 
 
-def sampling_options(args, tokenizer, policy, query_length, allowed):
+def sampling_options(args, tokenizer, policy, longest_prompt, allowed):
     """The options of `generate`, with a cache to reuse, and a compiled step if asked."""
     stop_ids = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
     step = decode_step
@@ -848,7 +868,7 @@ def sampling_options(args, tokenizer, policy, query_length, allowed):
         "pad_id": tokenizer.pad_token_id,
         "allowed": allowed,
         "min_length": args.min_length,
-        "cache": static_cache(policy.config, query_length + args.response_length),
+        "cache": static_cache(policy.config, longest_prompt + args.response_length),
         "step": step,
     }
 
@@ -875,8 +895,9 @@ def main(args):
     )
     allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
 
-    # Responses are sampled from a copy of the policy, which is in bf16 where asked, and whose
-    # decoding step is compiled as a whole. Its weights are refreshed before each rollout.
+    # Responses are sampled from a copy of the policy, which is in bf16 where asked. It is made
+    # before the layers are compiled, because its decoding step is compiled as a whole. Its weights
+    # are refreshed before each rollout.
     sampler = copy.deepcopy(policy).requires_grad_(False)
     if args.precision == "bf16":
         to_bf16(sampler)
@@ -932,15 +953,15 @@ def main(args):
         watch.lap("time/update")
 
         # Log, adapt the price of the KL, save.
-        more = {}
+        extra = {}
         if monitor_fn is not None:
             name = f"monitor/{monitor_fn.__name__}"
-            more[name] = call_reward_fn(monitor_fn, rows, texts, device)
-        metrics |= rollout_metrics(batch, kl_coef, more)
+            extra[name] = call_reward_fn(monitor_fn, rows, texts, device)
+        metrics |= rollout_metrics(batch, kl_coef, extra)
         metrics |= watch.laps
-        metrics["eps"] = args.batch_size / sum(watch.laps.values())
+        metrics["eps"] = args.batch_size / sum(watch.laps.values())  # Episodes per second.
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
-        run.log(update, metrics, [*shown, *more])
+        run.log(update, metrics, [*shown, *extra])
         if update % 10 == 0 or update in (1, num_updates):
             kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
             columns = {"score": batch["scores"].tolist(), "kl": kl.tolist()}
