@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss against its definition, the tokens that carry it, and the loop on one and two ranks."""
+"""Supervised fine-tuning: the loss, the tokens that carry it, the loop on one and two ranks."""
 
 import json
 import math
@@ -6,24 +6,35 @@ import re
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft
 import utils
-from conftest import FAMILIES, assert_same_gradients, build_tokenizer, gradients_of, read_jsonl, refuses, write_jsonl
+from conftest import (
+    assert_same_gradients,
+    build_tokenizer,
+    gradients_of,
+    read_jsonl,
+    refuses,
+    write_jsonl,
+)
 
 CPU = torch.device("cpu")
 EOS = 1
-TEMPLATE = "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}|{% endfor %}"  # U for user, A for assistant
+# U for the user, A for the assistant, and an EOS after each turn.
+TEMPLATE = "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}|{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}A{% endif %}"
 
-# Eleven rows of 3 to 15 tokens: with 4 a batch, the last batch of an epoch has 3, an uneven share for two ranks.
-ROWS = [{"prompt": "abcdefgh"[: 1 + i % 7], "completion": "zyxwvutsr"[: 1 + (5 * i) % 8]} for i in range(11)]
+# Eleven rows of 3 to 15 tokens. With 4 a batch, the last batch of an epoch has 3, an uneven share
+# for two ranks.
+ROWS = [
+    {"prompt": "abcdefgh"[: 1 + i % 7], "completion": "zyxwvutsr"[: 1 + (5 * i) % 8]}
+    for i in range(11)
+]
 
 
 @pytest.fixture
@@ -34,230 +45,204 @@ def dataset(tmp_path):
 @pytest.fixture
 def options(tmp_path, dataset, gpt2_folder):
     """Three steps an epoch over ROWS, no clipping, no held-out rows, every step logged."""
-    sizes = {"batch_size": 4, "micro_batch_size": 4, "num_epochs": 1, "log_every": 1, "max_grad_norm": 0.0}
-    paths = {"model": gpt2_folder, "dataset": dataset, "output_dir": str(tmp_path / "run")}
-    return {**sizes, **paths, "lr": 0.01, "compile": False}
+    return {
+        "model": gpt2_folder,
+        "dataset": dataset,
+        "output_dir": str(tmp_path / "run"),
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "num_epochs": 1,
+        "lr": 0.01,
+        "max_grad_norm": 0.0,
+        "log_every": 1,
+        "precision": "fp32",
+        "compile": False,
+    }
 
 
-def encode(rows, tokenizer, max_length=64):
-    return sft.encode_demonstrations(datasets.Dataset.from_list(rows), tokenizer, max_length, "rows.jsonl")
+@pytest.fixture
+def encode(tmp_path):
+    """`encode(rows, tokenizer)`: (input_ids, labels) of each row that is trained on."""
+
+    def load(rows, tokenizer, **options):
+        path = write_jsonl(tmp_path / "encoded.jsonl", rows)
+        loaded = sft.load_demonstrations(path, tokenizer, sft.Args(**options))
+        return [(row["input_ids"], row["labels"]) for row in loaded]
+
+    return load
+
+
+def train(options):
+    """Run the script in this process; returns the lines of its metrics."""
+    sft.main(sft.Args(**options))
+    return read_jsonl(f"{options['output_dir']}/metrics.jsonl")
 
 
 def weights(folder):
     return (Path(folder) / "model" / "model.safetensors").read_bytes()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
 def random_batch(seed=0, B=3, T=6, V=9):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, V, generator=generator, dtype=torch.float64)
+    logits = torch.randn(B, T, V, generator=generator)
     labels = torch.randint(V, (B, T), generator=generator)
-    return logits, torch.where(torch.rand(B, T, generator=generator) < 0.4, -100, labels)
+    has_label = torch.rand(B, T, generator=generator) > 0.4
+    return logits, torch.where(has_label, labels, -100)
 
 
+@pytest.mark.fast
 def test_token_loss_against_a_loop():
     logits, labels = random_batch()
-    total = count = unshifted = 0
+    total = 0
+    count = 0
+    unshifted = 0
     for b in range(3):
         for t in range(6):
-            if labels[b, t] != -100:
-                unshifted -= logits[b, t].log_softmax(0)[labels[b, t]].item()
-                if t > 0:  # no logits come before the first token
-                    total -= logits[b, t - 1].log_softmax(0)[labels[b, t]].item()
-                    count += 1
+            if labels[b, t] == -100:
+                continue
+            unshifted -= logits[b, t].double().log_softmax(0)[labels[b, t]].item()
+            if t > 0:  # No logits come before the first token.
+                total -= logits[b, t - 1].double().log_softmax(0)[labels[b, t]].item()
+                count += 1
     loss_sum, token_count = sft.token_loss(logits, labels)
-    assert loss_sum.shape == token_count.shape == () and token_count == count
-    assert abs(loss_sum.item() - total) < 1e-12
+    assert loss_sum.shape == token_count.shape == ()
+    assert token_count == count
+    assert loss_sum.item() == pytest.approx(total, rel=1e-6)
     assert abs(loss_sum.item() - unshifted) > 0.1
 
 
+@pytest.mark.fast
 def test_token_loss_of_uniform_logits_is_log_v_a_token():
-    loss_sum, token_count = sft.token_loss(torch.zeros(2, 5, 7), torch.ones(2, 5, dtype=torch.long))
-    assert token_count == 8 and loss_sum.item() == pytest.approx(8 * math.log(7))
+    labels = torch.ones(2, 5, dtype=torch.long)
+    loss_sum, token_count = sft.token_loss(torch.zeros(2, 5, 7), labels)
+    assert token_count == 8
+    assert loss_sum.item() == pytest.approx(8 * math.log(7))
 
 
+@pytest.mark.fast
 def test_token_loss_reads_no_logits_of_unlabelled_tokens():
     logits, labels = random_batch()
     logits.requires_grad_()
     sft.token_loss(logits, labels)[0].backward()
     predicts = torch.zeros(3, 6, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != -100
-    assert (logits.grad[~predicts] == 0).all() and (logits.grad[predicts].abs().sum(-1) > 0).all()
+    assert (logits.grad[~predicts] == 0).all()
+    assert (logits.grad[predicts].abs().sum(-1) > 0).all()
 
 
-def test_token_loss_of_no_label_is_zero():
-    logits, labels = random_batch()
+@pytest.mark.fast
+@pytest.mark.parametrize("T", [1, 6])
+def test_token_loss_of_no_label_is_zero(T):
+    """A rank without rows takes part in the exchange of gradients with such a batch."""
+    logits, labels = random_batch(T=T)
     logits.requires_grad_()
     loss_sum, token_count = sft.token_loss(logits, torch.full_like(labels, -100))
-    loss_sum.backward()  # a rank without rows takes part
-    assert loss_sum == 0 and token_count == 0 and (logits.grad == 0).all()
+    loss_sum.backward()
+    assert loss_sum == 0
+    assert token_count == 0
+    assert (logits.grad == 0).all()
 
 
+@pytest.mark.fast
 def test_token_loss_sums_in_fp32():
     logits, labels = random_batch()
     half = logits.bfloat16()
-    assert sft.token_loss(half, labels)[0].dtype == torch.float32
-    assert torch.equal(sft.token_loss(half, labels)[0], sft.token_loss(half.float(), labels)[0])
+    loss_sum, _ = sft.token_loss(half, labels)
+    assert loss_sum.dtype == torch.float32
+    assert torch.equal(loss_sum, sft.token_loss(half.float(), labels)[0])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_right_padding_does_not_change_the_loss(kind, request, tokenizer):
-    model, _ = utils.load_pretrained(AutoModelForCausalLM, request.getfixturevalue(f"{kind}_folder"))
-    encoded = encode(
-        [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdefgh", "completion": "ijklmnop"}], tokenizer
-    )
-    ids, labels = encoded[0]
-    alone = sft.token_loss(model(torch.tensor([ids])).logits, torch.tensor([labels]))[0]
-
-    input_ids, labels, attention_mask = sft.collate_labelled(encoded, tokenizer.pad_token_id, 3, CPU)
-    assert input_ids.shape == attention_mask.shape == (3, 24)  # the third row only fills up the shape
-    assert labels.shape == (3, 23) and (labels[0, 1] != -100)  # the first label of all is that of token 2
-    labelled = sft.LabelledLogits(model)
-    for padding in (tokenizer.pad_token_id, 7):  # whatever ids the padding holds
-        padded_ids = torch.where(attention_mask == 1, input_ids, padding)
-        logits = labelled(padded_ids, attention_mask, labels.shape[1])
-        whole = labelled(padded_ids, attention_mask, 24)
-        torch.testing.assert_close(logits, whole[:, 1:])
-        padded = sft.token_loss(logits[:1], labels[:1])[0]
-        assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
-        assert sft.token_loss(logits[2:], labels[2:])[1] == 0
-    assert model(padded_ids, attention_mask=attention_mask).logits.isfinite().all()
+@torch.no_grad()
+def test_the_loss_of_a_batch_is_that_of_its_rows_alone(kind, request, tokenizer, encode):
+    """Whatever ids the padding holds, and although only the last logits are computed."""
+    folder = request.getfixturevalue(f"{kind}_folder")
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, folder)
+    pairs = encode(ROWS, tokenizer)
+    expected = 0
+    for ids, labels in pairs:
+        output = model(torch.tensor([ids]))
+        expected += sft.token_loss(output.logits, torch.tensor([labels]))[0].item()
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
+    for pad_id in (0, EOS, 7):
+        means = utils.Means()
+        loss_sum = sft.micro_batch_loss(model, rows, means, sft.token_loss, pad_id, CPU)
+        assert loss_sum.item() == pytest.approx(expected, rel=1e-5)
+        num_tokens = sum(len(row["completion"]) + 1 for row in ROWS)
+        loss = pytest.approx(expected / num_tokens, rel=1e-5)
+        assert means.over_ranks() == {"sft/loss": loss}
 
 
-@pytest.mark.parametrize(("config", "mlp"), FAMILIES, ids=[config.model_type for config, _ in FAMILIES])
-def test_the_last_mlp_computes_the_tokens_that_predict_a_label(config, mlp):
-    torch.manual_seed(0)
-    model, given = AutoModelForCausalLM.from_config(config).eval(), []
-    input_ids, lengths = torch.randint(2, 32, (3, 12)), torch.tensor([12, 9, 5])
-    attention_mask = (torch.arange(12) < lengths[:, None]).long()
-    labels = torch.where(attention_mask == 1, input_ids, -100)[:, -8:]  # the first label is that of token 5
-    names, position_ids = list(model.state_dict()), (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-    def gradients(logits):
-        model.zero_grad()
-        sft.token_loss(logits[:, -8:], labels)[0].backward()
-        return [x.grad.double().numpy() for x in model.parameters() if x.grad is not None]
-
-    def whole():
-        return model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits
-
-    expected, expected_gradients, labelled = whole(), gradients(whole()), sft.LabelledLogits(model)
-    if mlp is not None:
-        last = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))[-1].mlp
-        last.register_forward_pre_hook(lambda mlp, inputs: given.append(inputs[0].shape[:2].numel()))
-    ours = labelled(input_ids, attention_mask, 8)
-    assert ours.shape == (3, 8, 32) and ours.std() > 0.1
-    torch.testing.assert_close(ours, expected[:, -8:], atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(ours), expected_gradients)
-    assert given == {"alone": [3 * 8], "residual": [3 * 12], None: []}[mlp]
-    assert list(model.state_dict()) == names
-    torch.testing.assert_close(whole(), expected)  # outside of a forward of the module the model is whole
-    torch.testing.assert_close(labelled(input_ids, attention_mask, 12), expected, atol=1e-5, rtol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokens
 
 
-def test_labels_are_the_completion_and_one_eos(tokenizer):
+@pytest.mark.fast
+def test_labels_are_the_completion_and_one_eos(tokenizer, encode):
     rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "a", "completion": "b"}]
-    encoded = encode(rows, tokenizer)
-    assert encoded[0] == ([2, 3, 4, 5, 6, EOS], [-100, -100, 4, 5, 6, EOS])
-    input_ids, labels, attention_mask = sft.collate_labelled(encoded, tokenizer.pad_token_id, 2, CPU)
-    assert (labels[attention_mask == 0] == -100).all() and (input_ids[attention_mask == 0] == 0).all()
-    assert attention_mask.sum(1).tolist() == [6, 3]
-    assert ((labels == EOS).sum(1) == 1).all()
-    assert (
-        sft.token_loss(torch.zeros(2, 8, 31), labels)[1] == 4 + 2
-    )  # EOS is counted, the prompt and the padding are not
+    first, second = encode(rows, tokenizer)
+    assert first == ([2, 3, 4, 5, 6, EOS], [-100, -100, 4, 5, 6, EOS])
+    assert second == ([2, 3, EOS], [-100, 3, EOS])
 
 
-def test_logits_begin_where_the_first_label_needs_them():
-    rows = [([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6]), ([1, 2, 3, 4], [-100] * 3 + [4]), ([1], [-100])]
-    for num_rows, labels in ((3, [[-100, -100, 5, 6] + [-100] * 2, [-100, 4] + [-100] * 4, [-100] * 6]), (4, None)):
-        batch = sft.collate_labelled(rows, 0, num_rows, CPU)[1]
-        assert batch.shape == (num_rows, 6) and (labels is None or batch.tolist() == labels)
-    assert sft.collate_labelled([], 0, 2, CPU)[1].tolist() == [[-100, -100]] * 2  # no label anywhere
-    assert sft.collate_labelled([([1, 2], [1, 2])], 0, 1, CPU)[1].tolist() == [[1, 2] + [-100] * 6]
+def collated(rows):
+    batch = sft.collate([{"input_ids": ids, "labels": labels} for ids, labels in rows], 9)
+    return batch["input_ids"].tolist(), batch["labels"].tolist()
 
 
-def test_text_rows_carry_loss_everywhere(tokenizer):
+@pytest.mark.fast
+def test_labels_begin_one_before_the_first_that_is_wanted():
+    """The logits there predict it; those before them are not computed."""
+    rows = [([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6]), ([1, 2, 3, 4], [-100] * 3 + [4])]
+    input_ids, labels = collated(rows)
+    assert input_ids == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9]]
+    assert labels == [[-100, -100, 5, 6], [-100, 4, -100, -100]]
+    assert collated([([1, 2], [1, 2])]) == ([[1, 2]], [[1, 2]])
+    assert collated([([1, 2], [-100, 2])]) == ([[1, 2]], [[-100, 2]])
+    assert collated([([1], [-100])]) == ([[1]], [[-100]])
+
+
+@pytest.mark.fast
+def test_text_rows_carry_loss_everywhere(tokenizer, encode):
     assert encode([{"text": "abc"}], tokenizer) == [([2, 3, 4, EOS], [2, 3, 4, EOS])]
 
 
-def test_text_may_stand_beside_other_columns(tokenizer):
-    assert encode([{"text": "abc", "prompt": "a"}], tokenizer) == encode([{"text": "abc"}], tokenizer)
+@pytest.mark.fast
+def test_text_may_stand_beside_other_columns(tokenizer, encode):
+    alone = encode([{"text": "abc"}], tokenizer)
+    assert encode([{"text": "abc", "prompt": "a"}], tokenizer) == alone
 
 
-def test_an_eos_in_the_text_ends_the_row(tokenizer):
-    assert encode([{"prompt": "a", "completion": "bc|"}], tokenizer)[0][0] == [2, 3, 4, EOS]
-    assert encode([{"prompt": "a", "completion": "b|c"}], tokenizer)[0][0] == [2, 3, EOS]
+@pytest.mark.fast
+def test_an_eos_in_the_text_ends_the_row(tokenizer, encode):
+    for completion, ids in (("bc|", [2, 3, 4, EOS]), ("b|c", [2, 3, EOS])):
+        assert encode([{"prompt": "a", "completion": completion}], tokenizer)[0][0] == ids
 
 
-def test_long_rows_are_left_out_and_counted(tokenizer, capsys):
+@pytest.mark.fast
+def test_a_bos_that_the_tokenizer_adds_belongs_to_the_prompt(encode):
+    """Also where a row of text has no other prompt: nothing stands before it to predict it."""
+    tokenizer = build_tokenizer()
+    both = TemplateProcessing(single="| $A |", special_tokens=[("|", EOS)])
+    tokenizer.backend_tokenizer.post_processor = both
+    rows = [{"prompt": "ab", "completion": "c"}]
+    labels = [-100, -100, -100, 4, EOS]
+    assert encode(rows, tokenizer) == [([EOS, 2, 3, 4, EOS], labels)]
+    assert encode([{"text": "ab"}], tokenizer) == [([EOS, 2, 3, EOS], [-100, 2, 3, EOS])]
+
+
+@pytest.mark.fast
+def test_long_rows_are_left_out_and_counted(tokenizer, encode, capsys):
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "ab", "completion": "cde"}]
     assert [len(ids) for ids, _ in encode(rows, tokenizer, max_length=5)] == [5]
-    assert re.search(r"rows.jsonl: left out 1 of 2 rows", capsys.readouterr().out)
-    with pytest.raises(utils.UserError, match=r"rows.jsonl: .*--max_length 4"):
+    assert re.search(r"encoded.jsonl: left out 1 of 2 rows", capsys.readouterr().out)
+    with pytest.raises(utils.UserError, match=r"encoded.jsonl: .*--max_length 4"):
         encode(rows, tokenizer, max_length=4)
-
-
-@pytest.mark.parametrize("pad_token", ["|", None])
-@pytest.mark.parametrize("spare", [True, False])
-def test_pad_is_never_eos(tmp_path, pad_token, spare):
-    tokenizer = build_tokenizer(pad_token)
-    if spare:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
-    tokenizer.save_pretrained(tmp_path)
-    loaded = sft.load_tokenizer(str(tmp_path))
-    assert loaded.pad_token_id not in (None, loaded.eos_token_id) and loaded.eos_token_id == EOS
-    assert loaded.pad_token == ("<|reserved_0|>" if spare else "[PAD]")
-    encoded = encode([{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "b"}], loaded)
-    labels = sft.collate_labelled(encoded, loaded.pad_token_id, 2, CPU)[1]
-    assert (labels == EOS).sum() == 2 and (labels == loaded.pad_token_id).sum() == 0
-
-
-def test_an_eos_that_is_called_pad_is_no_padding(tmp_path):
-    tokenizer = build_tokenizer("|")
-    tokenizer.add_special_tokens({"eos_token": "<|endofpad|>", "pad_token": "<|endofpad|>"})
-    tokenizer.save_pretrained(tmp_path)
-    loaded = sft.load_tokenizer(str(tmp_path))
-    assert loaded.eos_token == "<|endofpad|>" and loaded.pad_token not in (None, "<|endofpad|>")
-
-
-def special_tokenizer(folder, pattern):
-    """A tokenizer that adds BOS 'U' and EOS '|' where the pattern says so, as many published ones do."""
-    characters = build_tokenizer().backend_tokenizer
-    characters.post_processor = TemplateProcessing(single=pattern, special_tokens=[("U", 29), ("|", EOS)])
-    options = {"bos_token": "U", "eos_token": "|", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=characters, **options).save_pretrained(folder)
-    return sft.load_tokenizer(str(folder))
-
-
-@pytest.mark.parametrize("pattern", ["$A", "U $A", "$A |", "U $A |"])
-def test_one_bos_and_one_eos_whatever_the_tokenizer_adds(tmp_path, pattern):
-    tokenizer = special_tokenizer(tmp_path, pattern)
-    adds_bos = pattern.startswith("U")
-    for prompt in ("abc", "Uabc"):  # the second brings its own BOS
-        prompt_ids = sft.encode_prompt(tokenizer, prompt)
-        bos = [29] if adds_bos or prompt[0] == "U" else []
-        assert prompt_ids == [*bos, 2, 3, 4]
-        [(ids, labels)] = encode([{"prompt": prompt, "completion": "de"}], tokenizer)
-        assert ids[: len(prompt_ids)] == prompt_ids  # nothing is merged or added between the two
-        assert ids == [*prompt_ids, 5, 6, EOS] and labels == [-100] * len(prompt_ids) + [5, 6, EOS]
-    [(ids, labels)] = encode([{"text": "abc"}], tokenizer)
-    assert ids == [29] * adds_bos + [2, 3, 4, EOS]
-    assert labels[-4:] == [2, 3, 4, EOS]
-
-
-def test_a_bos_that_is_also_the_eos_stays_in_front_of_no_prompt(tmp_path):
-    tokenizer = special_tokenizer(tmp_path, "| $A")
-    tokenizer.bos_token = "|"
-    assert sft.encode_prompt(tokenizer, "ab") == [EOS, 2, 3] and sft.encode_prompt(tokenizer, "") == [EOS]
-    assert encode([{"text": "ab"}], tokenizer) == [([EOS, 2, 3, EOS], [-100, 2, 3, EOS])]
 
 
 @pytest.fixture
@@ -268,7 +253,8 @@ def chat_tokenizer():
 
 
 def turns(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def spoken(tokenizer, row):
@@ -277,44 +263,43 @@ def spoken(tokenizer, row):
     return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
 
 
-def test_messages_go_through_the_chat_template(chat_tokenizer):
+@pytest.mark.fast
+def test_messages_go_through_the_chat_template(chat_tokenizer, encode):
     [row] = encode([{"messages": turns("ab", "cd")}], chat_tokenizer)
     assert spoken(chat_tokenizer, row) == ("Uab|Acd|", "cd|")
 
 
-def test_every_assistant_turn_is_a_response_to_the_turns_before_it(chat_tokenizer):
+@pytest.mark.fast
+def test_every_assistant_turn_is_a_response_to_the_turns_before_it(chat_tokenizer, encode):
     rows = encode([{"messages": turns("a", "b", "c", "de")}], chat_tokenizer)
-    assert [spoken(chat_tokenizer, row) for row in rows] == [("Ua|Ab|", "b|"), ("Ua|Ab|Uc|Ade|", "de|")]
+    expected = [("Ua|Ab|", "b|"), ("Ua|Ab|Uc|Ade|", "de|")]
+    assert [spoken(chat_tokenizer, row) for row in rows] == expected
 
 
-def test_prompt_and_completion_may_be_messages(chat_tokenizer):
+@pytest.mark.fast
+def test_prompt_and_completion_may_be_messages(chat_tokenizer, encode):
     messages = turns("a", "b", "c", "d")
     [row] = encode([{"prompt": messages[:3], "completion": messages[3:]}], chat_tokenizer)
     assert spoken(chat_tokenizer, row) == ("Ua|Ab|Uc|Ad|", "d|")
 
 
-def test_a_row_that_cannot_be_rendered_is_named(chat_tokenizer):
+@pytest.mark.fast
+def test_a_row_that_cannot_be_rendered_is_named(chat_tokenizer, encode):
     rows = [{"messages": turns("a", "b")}, {"messages": turns("a", "c")}]
-    chat_tokenizer.chat_template += "{{ raise_exception('no c, please') if messages[-1].content == 'c' }}"
-    with pytest.raises(utils.UserError, match="rows.jsonl: row 2: no c, please"):
+    refuses_c = "{{ raise_exception('no c, please') if messages[-1].content == 'c' }}"
+    chat_tokenizer.chat_template += refuses_c
+    with pytest.raises(utils.UserError, match=r"encoded.jsonl: row 2: no c, please"):
         encode(rows, chat_tokenizer)
-    with pytest.raises(utils.UserError, match="rows.jsonl: row 1: "):
+    with pytest.raises(utils.UserError, match=r"encoded.jsonl: row 1: "):
         encode([{"prompt": "a", "completion": turns("a", "b")[1:]}], chat_tokenizer)
 
 
-def test_a_template_that_rewrites_its_prompt_is_refused(chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"
-    with pytest.raises(utils.UserError, match="chat template"):
-        sft.encode_response(chat_tokenizer, turns("a"), turns("a", "b")[1:])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_micro_batch_size_does_not_change_a_gradient(kind, request, options, tmp_path):
-    options["model"] = request.getfixturevalue(f"{kind}_folder")
+def test_the_micro_batch_size_does_not_change_a_gradient(options, tmp_path, llama_folder):
+    options["model"] = llama_folder
     histories = {}
     for size in (1, 3, 4):
         options |= {"micro_batch_size": size, "output_dir": str(tmp_path / f"run{size}")}
@@ -324,56 +309,100 @@ def test_the_micro_batch_size_does_not_change_a_gradient(kind, request, options,
     assert_same_gradients(histories[3], histories[4])
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_batch(options, tokenizer):
+def test_the_gradient_is_that_of_the_mean_over_the_batch(options, tokenizer, encode):
     """Not the mean of the rows' means: the rows have 2 to 9 tokens that count."""
-    options["batch_size"] = options["micro_batch_size"] = 11
+    options |= {"batch_size": 11, "micro_batch_size": 11}
     history, _ = gradients_of(None, "sft", options)
     model, _ = utils.load_pretrained(AutoModelForCausalLM, options["model"])
-    sums, counts = [], []
+    sums = []
+    counts = []
     for ids, labels in encode(ROWS, tokenizer):
-        loss_sum, count = sft.token_loss(model(torch.tensor([ids])).logits, torch.tensor([labels]))
+        output = model(torch.tensor([ids]))
+        loss_sum, count = sft.token_loss(output.logits, torch.tensor([labels]))
         sums.append(loss_sum)
         counts.append(count)
-    mean = torch.stack(sums).sum() / torch.stack(counts).sum()
-    expected = [gradient.numpy() for gradient in torch.autograd.grad(mean, list(model.parameters()), retain_graph=True)]
+    sums = torch.stack(sums)
+    counts = torch.stack(counts)
+    mean = sums.sum() / counts.sum()
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(mean, parameters, retain_graph=True)
+    expected = [gradient.numpy() for gradient in expected]
     assert_same_gradients(history, [expected])
-    metrics = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
-    assert metrics[0]["train/sft/loss"] == pytest.approx(mean.item(), rel=1e-5)
+    [line] = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
+    assert line["train/sft/loss"] == pytest.approx(mean.item(), rel=1e-5)
     norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in expected))
-    assert metrics[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
-    mean_of_means = (torch.stack(sums) / torch.stack(counts)).mean()
-    other = [gradient.numpy() for gradient in torch.autograd.grad(mean_of_means, list(model.parameters()))]
+    mean_of_means = (sums / counts).mean()
+    other = [gradient.numpy() for gradient in torch.autograd.grad(mean_of_means, parameters)]
     with pytest.raises(AssertionError):
         assert_same_gradients([other], [expected], tolerance=1e-2)
 
 
-def test_two_ranks_take_the_gradients_of_one_and_see_every_row_once(options, tmp_path, on_two_ranks):
-    options |= {"batch_size": 6, "micro_batch_size": 2, "num_epochs": 2}  # 6 and 5 rows: 3 + 3, then 3 + 2
+def test_gradients_are_scaled_down_to_max_grad_norm(options, tmp_path):
+    options["num_steps"] = 1
+    whole, _ = gradients_of(None, "sft", options)
+    [before] = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
+    norm = before["optim/grad_norm"]
+    for factor, scale in ((0.5, 0.5), (2.0, 1.0)):
+        folder = str(tmp_path / f"clipped{factor}")
+        options |= {"max_grad_norm": factor * norm, "output_dir": folder}
+        clipped, _ = gradients_of(None, "sft", options)
+        assert_same_gradients(clipped, [[scale * gradient for gradient in whole[0]]])
+        [line] = read_jsonl(f"{folder}/metrics.jsonl")
+        assert line["optim/grad_norm"] == pytest.approx(norm)  # The norm before clipping.
+
+
+def keys_of(rows):
+    """Something of each row that can be sorted."""
+    return sorted(tuple(row["input_ids"]) for row in rows)
+
+
+def test_two_ranks_take_the_gradients_of_one_and_see_every_row_once(
+    options, tmp_path, on_two_ranks
+):
+    """Batches of 6 and 5 rows, of which the ranks get 3 + 3 and 3 + 2; evaluations of all 11."""
+    options |= {"batch_size": 6, "micro_batch_size": 2, "num_epochs": 2, "eval_every": 2}
+    options["eval_dataset"] = options["dataset"]
     alone, batches = gradients_of(None, "sft", {**options, "output_dir": str(tmp_path / "alone")})
-    (first, first_batches), (second, second_batches) = on_two_ranks(gradients_of, "sft", options)
+    both = on_two_ranks(gradients_of, "sft", options)
     assert len(alone) == 4
-    assert_same_gradients(first, alone)
-    for step, other_step in zip(first, second, strict=True):
+    for history, _ in both:
+        assert_same_gradients(history, alone)
+    for step, other_step in zip(both[0][0], both[1][0], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(step, other_step, strict=True))
 
-    everything = sorted(row for batch in batches[:2] for row in batch)
-    assert len(everything) == 11
-    for epoch in (0, 2):
-        parts = first_batches[epoch : epoch + 2] + second_batches[epoch : epoch + 2]
-        assert sorted(row for part in parts for row in part) == everything
-    assert batches[:2] != batches[2:]  # another order in the second epoch
-    lines, other_lines = (read_jsonl(f"{folder}/metrics.jsonl") for folder in (tmp_path / "alone", tmp_path / "run"))
+    # Before each epoch and at the end there is an evaluation.
+    is_evaluation = [True, False, False, True, False, False, True]
+    assert [len(batch) for batch in batches] == [11, 6, 5, 11, 6, 5, 11]
+    everything = keys_of(batches[0])
+    for start in (1, 4):
+        assert keys_of(batches[start] + batches[start + 1]) == everything
+    assert keys_of(batches[1]) != keys_of(batches[4])  # Another order in the second epoch.
+    shares = [rank_batches for _, rank_batches in both]
+    sizes = [[len(batch) for batch in rank_batches] for rank_batches in shares]
+    assert sizes == [[6, 3, 3, 6, 3, 3, 6], [5, 3, 2, 5, 3, 2, 5]]
+    for i in range(len(is_evaluation)):
+        assert keys_of(shares[0][i] + shares[1][i]) == keys_of(batches[i])
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    other_lines = read_jsonl(tmp_path / "alone" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     for line, other in zip(lines, other_lines, strict=True):
         assert line == pytest.approx(other, rel=1e-5)
 
 
 def test_a_rank_without_a_row_in_the_last_batch_takes_part(options, tmp_path, on_two_ranks):
-    options |= {"batch_size": 10}  # 10 rows and 1
+    """Ten rows, and then one; of the one row to evaluate, the second rank has none."""
+    options["batch_size"] = 10
+    options["eval_dataset"] = write_jsonl(tmp_path / "one.jsonl", ROWS[:1])
     alone, _ = gradients_of(None, "sft", {**options, "output_dir": str(tmp_path / "alone")})
     (history, _), (_, batches) = on_two_ranks(gradients_of, "sft", options)
-    assert [len(batch) for batch in batches] == [5, 0]
+    assert [len(batch) for batch in batches] == [0, 5, 0, 0]
     assert_same_gradients(history, alone)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    other_lines = read_jsonl(tmp_path / "alone" / "metrics.jsonl")
+    for line, other in zip(lines, other_lines, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
 
 
 def test_torchrun_writes_one_run(options, tmp_path, run_script):
@@ -383,68 +412,121 @@ def test_torchrun_writes_one_run(options, tmp_path, run_script):
     done = run_script("sft.py", [*args, "--no-compile"], nproc=2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    sft.main(sft.Args(**{**options, "output_dir": str(tmp_path / "alone"), "compile": False}))
-    lines, other_lines = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("run", "alone"))
-    assert lines[0] == pytest.approx(other_lines[0], rel=1e-4) and len(lines) == len(other_lines) == 2
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["world_size"] == 2
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    alone = train({**options, "compile": False, "output_dir": str(tmp_path / "alone")})
+    assert len(lines) == len(alone) == 2
+    assert lines[0] == pytest.approx(alone[0], rel=1e-4)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["world_size"] == 2
+    assert record["script"] == "sft.py"
 
 
 def test_the_learning_rate_falls_from_lr_to_one_last_step(options):
-    sft.main(sft.Args(**options))
-    rates = [line["train/sft/lr"] for line in read_jsonl(f"{options['output_dir']}/metrics.jsonl")]
+    rates = [line["train/sft/lr"] for line in train(options)]
     assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])
+
+
+def test_num_steps_counts_the_steps_whatever_the_epochs(options):
+    """Three steps are an epoch; the learning rate falls over all five."""
+    lines = train(options | {"num_steps": 5})
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in lines] == [1, 1, 1, 2, 2]
+    rates = [line["train/sft/lr"] for line in lines]
+    assert rates == pytest.approx([0.01 * (5 - i) / 5 for i in range(5)])
+
+
+def test_max_rows_keeps_the_first_rows_and_all_that_are_evaluated(options, tokenizer, encode):
+    options |= {"max_rows": 5, "eval_dataset": options["dataset"]}
+    _, batches = gradients_of(None, "sft", options)
+    first_five = keys_of({"input_ids": ids} for ids, _ in encode(ROWS[:5], tokenizer))
+    assert [len(batch) for batch in batches] == [11, 4, 1, 11]
+    assert keys_of(batches[1] + batches[2]) == first_five
+
+
+def test_held_out_rows_are_evaluated_before_the_first_step(options, tokenizer, encode):
+    """The loss of the model as it was given, and nothing else in that line."""
+    options["eval_dataset"] = options["dataset"]
+    lines = train(options | {"eval_every": 2})
+    model, _ = utils.load_pretrained(AutoModelForCausalLM, options["model"])
+    total = 0
+    count = 0
+    for ids, labels in encode(ROWS, tokenizer):
+        output = model(torch.tensor([ids]))
+        loss_sum, token_count = sft.token_loss(output.logits, torch.tensor([labels]))
+        total += loss_sum.item()
+        count += token_count.item()
+    assert lines[0] == {"step": 0, "eval/sft/loss": pytest.approx(total / count, rel=1e-5)}
+    assert ["eval/sft/loss" in line for line in lines] == [True, False, True, True]
+    assert lines[-1]["eval/sft/loss"] < lines[0]["eval/sft/loss"]
 
 
 def test_lr_zero_changes_nothing_and_held_out_loss_is_the_same_mean(options, dataset, gpt2_folder):
     options |= {"lr": 0.0, "batch_size": 11, "micro_batch_size": 3, "eval_dataset": dataset}
-    sft.main(sft.Args(**options))
-    [line] = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
-    assert line["eval/sft/loss"] == pytest.approx(line["train/sft/loss"], rel=1e-5)
-    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (gpt2_folder, f"{options['output_dir']}/model"))
-    assert all(torch.equal(after.state_dict()[name], weight) for name, weight in before.state_dict().items())
+    before, after = train(options)
+    assert after["eval/sft/loss"] == before["eval/sft/loss"]
+    assert after["eval/sft/loss"] == pytest.approx(after["train/sft/loss"], rel=1e-5)
+    given = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(f"{options['output_dir']}/model").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in given.items())
 
 
 def test_the_logged_loss_of_several_steps_is_the_mean_over_their_tokens(options, dataset):
     """Not the mean of the steps' means: the batches hold unequal numbers of tokens."""
-    options |= {"lr": 0.0, "log_every": 3, "eval_dataset": dataset}
-    sft.main(sft.Args(**options))
-    [line] = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
-    assert line["train/sft/loss"] == pytest.approx(line["eval/sft/loss"], rel=1e-5)  # one epoch, each row once
+    _, line = train(options | {"lr": 0.0, "log_every": 3, "eval_dataset": dataset})
+    assert line["train/sft/loss"] == pytest.approx(line["eval/sft/loss"], rel=1e-5)
 
 
-def test_held_out_rows_are_not_trained_on(options, tmp_path, monkeypatch):
-    rows = [{"prompt": a, "completion": b} for a in "abcdefgh" for b in "uvwxyz"]  # 48, all different
-    options |= {"dataset": write_jsonl(tmp_path / "many.jsonl", rows), "batch_size": 16, "micro_batch_size": 16}
-    held_out, held_out_loss = [], sft.held_out_loss
-
-    def record(model, rows, *args):
-        held_out.extend(tuple(ids) for ids, _ in rows)
-        return held_out_loss(model, rows, *args)
-
-    monkeypatch.setattr(sft, "held_out_loss", record)
+def test_held_out_rows_are_not_trained_on(options, tmp_path):
+    """48 rows that all differ, of which 2 are held out; an epoch is 3 steps."""
+    rows = [{"prompt": a, "completion": b} for a in "abcdefgh" for b in "uvwxyz"]
+    options |= {"dataset": write_jsonl(tmp_path / "many.jsonl", rows), "batch_size": 16}
     _, batches = gradients_of(None, "sft", options)
-    seen = [tuple(ids) for batch in batches for ids, _ in batch]
-    trained = seen[: -len(held_out)]  # the evaluation is the last to ask for its rows
-    assert len(held_out) == 2 and len(trained) == len(set(trained)) == 46
-    assert not set(trained) & set(held_out)
+    before, *trained, after = [keys_of(batch) for batch in batches]
+    assert before == after
+    assert len(before) == 2
+    trained = [row for batch in trained for row in batch]
+    assert len(trained) == len(set(trained)) == 46
+    assert not set(trained) & set(before)
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32(options, tmp_path, monkeypatch):
+    kinds = set()
+    token_loss = sft.token_loss
+
+    def record(logits, labels):
+        kinds.add(logits.dtype)
+        return token_loss(logits, labels)
+
+    monkeypatch.setattr(sft, "token_loss", record)
+    exact = train(options)
+    half = train(options | {"precision": "bf16", "output_dir": str(tmp_path / "half")})
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert half[0]["train/sft/loss"] != exact[0]["train/sft/loss"]
+    assert half[0]["train/sft/loss"] == pytest.approx(exact[0]["train/sft/loss"], rel=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model", dtype="auto")
+    assert model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_saved_folder_opens_anywhere_with_the_same_logits(kind, request, options, monkeypatch):
     options["model"] = request.getfixturevalue(f"{kind}_folder")
-    saved, save_pretrained = [], sft.save_pretrained
+    saved = []
+    save_pretrained = sft.save_pretrained
 
     def record(folder, model, tokenizer):
         saved.append(model)
         save_pretrained(folder, model, tokenizer)
 
     monkeypatch.setattr(sft, "save_pretrained", record)
-    sft.main(sft.Args(**options))
+    train(options)
     folder = f"{options['output_dir']}/model"
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     input_ids = torch.tensor([[2, 3, 4, 5]])
-    model.set_attn_implementation(saved[0].config._attn_implementation)  # the same weights and the same kernels
+    # The same weights give the same bits by the same kernels.
+    model.set_attn_implementation(saved[0].config._attn_implementation)
     assert torch.equal(model(input_ids).logits, saved[0](input_ids).logits)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -456,16 +538,20 @@ def test_the_saved_folder_opens_anywhere_with_the_same_logits(kind, request, opt
 def test_a_new_pad_token_gets_a_row_of_the_embedding(options, tmp_path, gpt2_folder):
     shutil.copytree(gpt2_folder, tmp_path / "model")
     build_tokenizer("|").save_pretrained(tmp_path / "model")
-    sft.main(sft.Args(**options | {"model": str(tmp_path / "model")}))
-    model, info = AutoModelForCausalLM.from_pretrained(f"{options['output_dir']}/model", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.get_input_embeddings().num_embeddings == 32 and model.config.pad_token_id == 31
+    train(options | {"model": str(tmp_path / "model")})
+    folder = f"{options['output_dir']}/model"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.get_input_embeddings().num_embeddings == 32
+    assert model.config.pad_token_id == 31
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(options, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        sft.main(sft.Args(**options | {"output_dir": str(tmp_path / name), "seed": seed}))
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+        train(options | {"output_dir": str(tmp_path / name), "seed": seed})
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
 
 
 class PowerCut(Exception):
@@ -476,8 +562,8 @@ def cut_after(step, monkeypatch):
     """Let the run die right after its checkpoint of that step."""
     save_checkpoint = utils.Run.save_checkpoint
 
-    def save_and_die(self, at, **state):
-        save_checkpoint(self, at, **state)
+    def save_and_die(self, at, objects):
+        save_checkpoint(self, at, objects)
         if at == step:
             raise PowerCut
 
@@ -485,23 +571,27 @@ def cut_after(step, monkeypatch):
 
 
 def test_a_resumed_run_ends_in_the_same_bits(options, tmp_path, monkeypatch):
-    options |= {"num_epochs": 2, "save_every": 2}
-    sft.main(sft.Args(**options | {"output_dir": str(tmp_path / "whole")}))
+    """Cut in the middle of the second epoch, with evaluations before and after."""
+    options |= {"num_epochs": 2, "save_every": 2, "eval_every": 3}
+    options["eval_dataset"] = options["dataset"]
+    whole = train(options | {"output_dir": str(tmp_path / "whole")})
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_after(4, patch)
         sft.main(sft.Args(**options))
     assert not (tmp_path / "run" / "model").exists()
     sft.main(sft.Args(resume=str(tmp_path / "run")))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
-    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in whole] == list(range(7))
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == whole
 
 
-def test_a_run_resumed_behind_its_last_step_says_that_it_measured_nothing(options, tmp_path, monkeypatch, capsys):
+def test_a_run_resumed_after_its_last_step_says_that_it_measured_nothing(
+    options, tmp_path, monkeypatch, capsys
+):
     """With held-out rows, of which the run that is not interrupted says the last loss."""
     options |= {"save_every": 3, "eval_dataset": options["dataset"]}
-    sft.main(sft.Args(**options | {"output_dir": str(tmp_path / "whole")}))
-    last = read_jsonl(tmp_path / "whole" / "metrics.jsonl")[-1]["eval/sft/loss"]
-    assert f"held-out loss {last:.4f} nats" in capsys.readouterr().out
+    lines = train(options | {"output_dir": str(tmp_path / "whole")})
+    assert f"held-out loss {lines[-1]['eval/sft/loss']:.4f} nats" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_after(3, patch)
         sft.main(sft.Args(**options))
@@ -511,16 +601,13 @@ def test_a_run_resumed_behind_its_last_step_says_that_it_measured_nothing(option
 
 
 def test_resuming_a_finished_run_changes_nothing(options, tmp_path, capsys):
-    sft.main(sft.Args(**options | {"save_every": 3}))
+    train(options | {"save_every": 3})
     before = weights(tmp_path / "run")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        utils.launch(sft.main, sft.Args(resume=str(tmp_path / "run")))
-    assert ended.value.code == 1 and capsys.readouterr().err.startswith("error: ")
+    refuses(capsys, "sft", {"resume": str(tmp_path / "run")}, "--resume .*the run is finished")
     assert weights(tmp_path / "run") == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -541,6 +628,10 @@ def no_eos(tmp_path):
     return {"model": str(tmp_path / "mute")}
 
 
+def nowhere(flag):
+    return lambda tmp_path: {flag: str(tmp_path / "nowhere.jsonl")}
+
+
 def data(*rows):
     return lambda tmp_path: {"dataset": write_jsonl(tmp_path / "bad.jsonl", rows)}
 
@@ -550,39 +641,65 @@ def existing_run(tmp_path):
     return {}
 
 
+def flag(**change):
+    return lambda tmp_path: change
+
+
+ROW = {"prompt": "a", "completion": "b"}
 MISTAKES = {
-    "no data set": (lambda tmp_path: {"dataset": str(tmp_path / "nowhere.jsonl")}, "nowhere.jsonl"),
+    "no data set": (nowhere("dataset"), "nowhere.jsonl: no such file"),
+    "no held-out data": (nowhere("eval_dataset"), "nowhere.jsonl: no such file"),
     "no model": (no_model, "nothing"),
-    "no model at all": (lambda tmp_path: {"model": str(tmp_path / "nowhere")}, "nowhere"),
+    "no model at all": (nowhere("model"), "nowhere"),
     "no config": (no_config, "config.json"),
     "no EOS": (no_eos, "mute.*EOS"),
     "a run folder": (existing_run, "--output_dir .*run: exists"),
-    "no column": (data({"prompt": "a", "answer": "b"}), r"bad.jsonl.*prompt\+completion.*prompt, answer"),
+    "no column": (
+        data({"prompt": "a", "answer": "b"}),
+        r"bad.jsonl.*prompt\+completion.*prompt, answer",
+    ),
     "no row": (data(), "bad.jsonl.*empty"),
-    "an empty cell": (data({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}), "bad.jsonl"),
-    "a number for a text": (data({"prompt": "a", "completion": 5}), "bad.jsonl"),
-    "no template": (data({"messages": turns("a", "b")}), "template"),
-    "batch size zero": (lambda tmp_path: {"batch_size": 0}, "--batch_size"),
-    "micro-batch size zero": (lambda tmp_path: {"micro_batch_size": 0}, "--micro_batch_size"),
-    "no epoch": (lambda tmp_path: {"num_epochs": 0}, "--num_epochs"),
-    "gradients turned round": (lambda tmp_path: {"max_grad_norm": -1.0}, "--max_grad_norm -1.0: must be at least 0"),
-    "no checkpoint": (lambda tmp_path: {"resume": str(tmp_path), "output_dir": None}, "--resume .*args.json"),
+    "an empty cell": (data(ROW, {**ROW, "completion": None}), "bad.jsonl: row 2"),
+    "a number for a text": (data({**ROW, "completion": 5}), "bad.jsonl: row 1"),
+    "no template": (data({"messages": turns("a", "b")}), "bad.jsonl: row 1: .*template"),
+    "nobody speaks": (data({"messages": turns("a")}), "bad.jsonl: no row is left"),
+    "one row over and over": (data(*[ROW] * 20), "--dataset: every row is a copy"),
+    "batch size zero": (flag(batch_size=0), "--batch_size 0: must be at least 1"),
+    "micro-batch size zero": (flag(micro_batch_size=0), "--micro_batch_size 0: "),
+    "no epoch": (flag(num_epochs=0), "--num_epochs 0: "),
+    "no step": (flag(num_steps=0), "--num_steps 0: "),
+    "no row wanted": (flag(max_rows=0), "--max_rows 0: "),
+    "no token": (flag(max_length=0), "--max_length 0: "),
+    "never logged": (flag(log_every=0), "--log_every 0: "),
+    "never evaluated": (flag(eval_every=0), "--eval_every 0: "),
+    "ascent": (flag(lr=-1e-3), "--lr -0.001: must be at least 0"),
+    "no number": (flag(lr=math.nan), "--lr nan: must be at least 0 and finite"),
+    "gradients turned round": (flag(max_grad_norm=-1.0), "--max_grad_norm -1.0: "),
+    "no time": (flag(timeout_minutes=0.0), "--timeout_minutes 0.0: must be above 0"),
+    "no checkpoint": (
+        lambda tmp_path: {"resume": str(tmp_path), "output_dir": None},
+        "--resume .*args.json",
+    ),
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_writes_nothing(mistake, options, tmp_path, capsys, monkeypatch):
+def test_a_mistake_ends_in_one_line_and_writes_nothing(
+    mistake, options, tmp_path, capsys, monkeypatch
+):
     change, match = MISTAKES[mistake]
-    if "no config" not in mistake and "no model" not in mistake:  # found out before a model is loaded
+    if mistake != "no config":  # All others are found out before a model is loaded.
         monkeypatch.setattr(sft, "load_pretrained", None)
     refuses(capsys, "sft", {**options, **change(tmp_path)}, match)
 
 
 def test_rows_of_more_tokens_than_the_model_has_positions_are_refused(options, tmp_path, capsys):
-    options["dataset"] = write_jsonl(tmp_path / "long.jsonl", [{"text": "a" * 64}])  # 65 with the EOS
-    refuses(capsys, "sft", options, "--max_length: rows of 65 tokens")
+    options["dataset"] = write_jsonl(tmp_path / "long.jsonl", [{"text": "a" * 64}])
+    match = "--max_length: 65 tokens are more than the 64 positions of"  # One is the EOS.
+    refuses(capsys, "sft", options, match)
     options["dataset"] = write_jsonl(tmp_path / "fits.jsonl", [{"text": "a" * 63}])
-    sft.main(sft.Args(**options))
+    train(options)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(options):
@@ -592,14 +709,16 @@ def test_a_gradient_that_is_not_finite_ends_the_run(options):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(options, capsys, monkeypatch):
-    monkeypatch.setattr(sft, "init_ranks", lambda: utils.Ranks(0, 2, CPU))
+    monkeypatch.setattr(sft, "init_ranks", lambda timeout_minutes: utils.Ranks(0, 2, CPU))
     monkeypatch.setattr(sft, "load_pretrained", None)
     refuses(capsys, "sft", {**options, "batch_size": 5}, "--batch_size")
 
 
 def test_the_command_line_reports_a_mistake_without_a_traceback(tmp_path, run_script, gpt2_folder):
-    args = ["--model", gpt2_folder, "--dataset", tmp_path / "nowhere.jsonl", "--output_dir", tmp_path / "run"]
-    done = run_script("sft.py", args)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == done.stderr.splitlines()
+    args = ["--model", gpt2_folder, "--dataset", tmp_path / "nowhere.jsonl"]
+    done = run_script("sft.py", [*args, "--output_dir", tmp_path / "run"])
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
     assert not (tmp_path / "run").exists()
