@@ -1,7 +1,7 @@
-"""TRL's SFT and reward trainers as contenders of speed.py: run by the Python of .peers/trl-1.16.0 with the job as JSON.
+"""TRL's SFT and reward trainers as contenders, run by the Python of .peers/trl-1.16.0.
 
-The same models, rows and batch as ours, loss on the completion alone, no packing, no gradient checkpointing, no
-evaluation, saving or reporting.
+Its one argument is the job as JSON. The models, rows, batch and micro-batch are ours; the loss is
+on the completion alone, without packing, gradient checkpointing, evaluation, saving or reporting.
 """
 
 import json
@@ -11,7 +11,8 @@ from turns import Turns
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 
@@ -25,14 +26,6 @@ class TakeTurns(TrainerCallback):
 
 def main(job):
     turns = Turns(job["warmup"], job["steps"])
-    is_sft = job["part"] == "sft"
-    path, rows = (job["policy"], job["completions"]) if is_sft else (job["critic"], job["comparisons"])
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = load_dataset("json", data_files=rows, split="train")
-    if is_sft:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
     options = {
         "output_dir": job["output_dir"],
         "per_device_train_batch_size": job["micro_batch"],
@@ -49,10 +42,24 @@ def main(job):
         "use_cpu": not torch.cuda.is_available(),
         "max_length": job["prompt"] + job["response"],
     }
-    trainer_class, config = (SFTTrainer, SFTConfig(**options)) if is_sft else (RewardTrainer, RewardConfig(**options))
-    trainer_class(
-        model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[TakeTurns(turns)]
-    ).train()
+    if job["part"] == "sft":
+        model = AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32)
+        config = SFTConfig(**options)
+        kind = SFTTrainer
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            job["critic"], num_labels=1, dtype=torch.float32
+        )
+        config = RewardConfig(**options)
+        kind = RewardTrainer
+    trainer = kind(
+        model,
+        args=config,
+        train_dataset=load_dataset("json", data_files=job["rows"], split="train"),
+        processing_class=AutoTokenizer.from_pretrained(job["policy"]),
+        callbacks=[TakeTurns(turns)],
+    )
+    trainer.train()
 
 
 if __name__ == "__main__":
