@@ -548,8 +548,9 @@ def all_eos_ids(policy, tokenizer):
     """The EOS id of the tokenizer, or a list with all those that the model's configs name."""
     ids = {tokenizer.eos_token_id}
     for config in (policy.config, policy.generation_config):
-        if isinstance(config.eos_token_id, list):
-            ids.update(config.eos_token_id)
+        eos = getattr(config, "eos_token_id", None)  # The config of a model with images has none.
+        if isinstance(eos, list):
+            ids.update(eos)
     return sorted(ids) if len(ids) > 1 else tokenizer.eos_token_id
 
 
