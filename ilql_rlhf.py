@@ -1,4 +1,4 @@
-r"""ILQL, implicit language Q-learning: offline RL from rated text, without sampling any.
+r"""ILQL, implicit language Q-learning: offline RL from rated text, without sampling new text.
 
 Snell et al. 2022, "Offline RL for natural language generation with implicit language Q-learning";
 Kostrikov et al. 2021, "Offline reinforcement learning with implicit Q-learning" (IQL).
@@ -53,11 +53,12 @@ counts as 0. Column j of a (B,A) tensor is a row's action j; input_ids end befor
 
 Rules that you might not expect:
     - What the user says, what the chat template writes around turns, and assistant turns inside a
-      `prompt` are no actions. The EOS that ends a turn is one.
+      `prompt` are not actions. The EOS that ends a turn is one.
     - Both Qs are trained, and their q and cql losses are added. Wherever one Q is needed (in the
       value's loss, in AWAC's weight, in decoding), it is the smaller of the two targets.
-    - No gradient flows into targets, into the next state's value, or into AWAC's weight. Those of
-      q, v and cql reach the language model. AWAC's weight is not clipped.
+    - No gradient flows into targets, into the next state's value, or into AWAC's weight, which is
+      not clipped. The gradients of q, v and cql reach the language model, as AWAC's does, unless
+      --policy_lr_scale is 0: then value and Qs alone are trained.
     - The last layers of value and Qs start at 0, so nothing random is bootstrapped or steers at
       first.
     - The paper trains three language models and divides AWAC by all tokens. Here there is one, and
@@ -68,9 +69,10 @@ Rules that you might not expect:
       completion that holds an EOS ends at its first one.
     - Models are loaded in fp32 and without dropout. Under --precision bf16 only the language model
       computes in bf16: values, Qs and losses are in fp32.
-    - Samples are drawn if there are a reward function or a reward model to score them, before the
-      first step too. They come from a copy of the model, whose language model is in bf16 under
-      --precision bf16. The pad and ids without a token have probability 0 in it.
+    - Samples are drawn before the first step, every --eval_every steps, and at the end, if there is
+      a reward function or a reward model to score them. They come from a copy of the model, made in
+      bf16 (its language model) under --precision bf16. The pad and ids without a token are never
+      sampled.
     - With --compile, which is the default on CUDA, each transformer layer, `ilql_loss` and the
       decoding step after the prompt are compiled, and nothing else is.
 
@@ -147,11 +149,11 @@ class Args:
     the language-model head, so that similar ids share what is learned, for large vocabularies, with
     --lr 2e-4"""
     tau: float = 0.8
-    """expectile, above 0 and at most 1: at 0.5 V is the mean of target Q over the data's actions"""
+    """expectile, above 0 and at most 1: at 0.5 the value is the mean of target Q over the data"""
     gamma: float = 0.99
     """discount per action, above 0 and at most 1"""
     beta: float = 0.0
-    """exponent of AWAC's weight, per unit of reward; 0: plain behaviour cloning"""
+    """exponent of AWAC's weight, per unit of reward; 0: every action weighs 1 in the AWAC loss"""
     cql_weight: float = 0.03
     """weight of the CQL loss"""
     awac_weight: float = 1.0
@@ -268,8 +270,8 @@ def response_mask(responses, stop_ids, min_length=0):
 # The models
 
 
-def value_head(width, num_outputs):
-    """A network with one hidden layer, whose last layer starts at 0."""
+def small_network(width, num_outputs):
+    """A network with one hidden layer of 2 * width, whose last layer starts at 0."""
     last = torch.nn.Linear(2 * width, num_outputs)
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.zeros_(last.bias)
@@ -277,22 +279,21 @@ def value_head(width, num_outputs):
 
 
 class EmbeddingQ(torch.nn.Module):
-    """Q as a worth of the state plus its product with the action's row of the LM head, which is
-    frozen.
+    """Q(state, action) = f(state) . row(action) + g(state), where f and g are learned.
 
-    The rows are a normalised copy of those that the LM head has at the start. Ids with similar rows
-    have similar Qs, even if the data holds only one of them.
+    The rows are a normalised, frozen copy of those that the LM head has at the start. Ids with
+    similar rows have similar Qs, even if the data holds only one of them.
     """
 
     def __init__(self, embeddings):
         super().__init__()
         width = embeddings.shape[1]
-        self.head = value_head(width, width + 1)
+        self.network = small_network(width, width + 1)
         rows = F.layer_norm(embeddings.float(), (width,)) / width**0.5
         self.register_buffer("rows", rows)
 
     def forward(self, hidden):
-        output = self.head(hidden)
+        output = self.network(hidden)
         return output[..., :-1] @ self.rows.T + output[..., -1:]
 
 
@@ -305,11 +306,13 @@ class ILQL(torch.nn.Module):
         vocab_size, width = embeddings.shape
         self.policy = policy
         self.config = {"num_qs": num_qs, "q_rows": q_rows, **statistics}
-        self.v = value_head(width, 1)
+        self.v = small_network(width, 1)
         self.qs = torch.nn.ModuleList()
         for _ in range(num_qs):
-            q = value_head(width, vocab_size) if q_rows == "ids" else EmbeddingQ(embeddings)
-            self.qs.append(q)
+            if q_rows == "embeddings":
+                self.qs.append(EmbeddingQ(embeddings))
+            else:
+                self.qs.append(small_network(width, vocab_size))
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
         # With q_rows "embeddings", `standardise_inputs` sets these; else they change nothing.
         self.register_buffer("hidden_mean", torch.zeros(width))
@@ -334,10 +337,9 @@ class ILQL(torch.nn.Module):
     def steered_logits(self, hidden, beta, allowed=None, temperature=1.0):
         """The steered policy's logits (B,V) at hidden states (B,d).
 
-        The temperature divides the logits of pi_beta before they are steered. Temperature 0 is for
-        greedy decoding, which takes the argmax of the steered logits: here it counts as 1.
+        The temperature divides the logits of pi_beta before they are steered.
         """
-        logits = head_logits(self.policy, hidden).float() / (temperature or 1.0)
+        logits = head_logits(self.policy, hidden).float() / temperature
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         values = self.values(hidden)
@@ -420,9 +422,10 @@ def steered_decode_step(ilql, tokens, uniforms, beta, temperature, allowed, **in
     """Feed tokens (B,n) and sample the next one, (B,); inputs: cache, mask and positions."""
     output = ilql.policy.base_model(tokens, use_cache=True, **inputs)
     hidden = output.last_hidden_state[:, -1]
+    if temperature == 0:
+        return ilql.steered_logits(hidden, beta, allowed).argmax(-1)
     logits = ilql.steered_logits(hidden, beta, allowed, temperature)
-    # The temperature has been applied already, except that 0 takes the most likely token.
-    return sample_tokens(logits, uniforms, 1.0 if temperature > 0 else 0)
+    return sample_tokens(logits, uniforms, temperature=1.0)  # It has been applied already.
 
 
 @torch.no_grad()
@@ -491,21 +494,18 @@ def turns_of_text(tokenizer, row):
 
 
 def turns_of_messages(tokenizer, messages, num_given):
-    """A (what stands before, what the agent says) pair of token ids for each assistant turn.
+    """A pair of token ids, (what stands before, what the agent says), for each assistant turn.
 
-    The first num_given messages are a prompt, whose assistant turns are no actions. What the chat
-    template writes between two turns, after the EOS of the first, is the environment's.
+    The first num_given messages are a prompt, whose assistant turns are not actions. A turn ends at
+    its first EOS. What the chat template writes after that, up to the next turn, stands before the
+    next turn.
     """
     turns = []
-    rendered = ""  # The text up to and including the EOS of the last turn.
+    rendered = ""  # All text up to and including the EOS of the last turn.
     for i, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ("system", "user", "assistant", "tool"):
-            known = "known are system, user, assistant and tool"
-            raise UserError(f"unknown role {role!r}; {known}")
-        if role != "assistant" or i < num_given:
+        check_role(message)
+        if message["role"] != "assistant" or i < num_given:
             continue
-        # Rendered by the encoding of the prompt first, which says what is wrong with a template.
         prompt_ids = encode_prompt(tokenizer, messages[:i])
         before = tokenizer.apply_chat_template(
             messages[:i], tokenize=False, add_generation_prompt=True
@@ -515,6 +515,7 @@ def turns_of_messages(tokenizer, messages, num_given):
             reason = "does not render a turn as the continuation of those before it"
             raise UserError(f"the chat template {reason}")
         if turns:
+            # Not the whole prompt again, only what is new since the last turn.
             new_text = before[len(rendered) :]
             prompt_ids = tokenizer(new_text, add_special_tokens=False).input_ids
         said, eos, _ = whole[len(before) :].partition(tokenizer.eos_token)
@@ -524,8 +525,17 @@ def turns_of_messages(tokenizer, messages, num_given):
     return turns
 
 
+def check_role(message):
+    """Refuse a message whose role is not one of the four that chat templates share."""
+    role = message.get("role")
+    if role not in ("system", "user", "assistant", "tool"):
+        known = "known are system, user, assistant and tool"
+        raise UserError(f"unknown role {role!r}; {known}")
+
+
 def encode_row(tokenizer, row):
-    """{"input_ids", "states", "actions", "rewards"} of a row, as lists; see the manual's example.
+    """{"input_ids", "states", "actions", "rewards"} of a row, as lists; see the example in this
+    file's docstring.
 
     input_ids lack the last token, because no action follows it.
     """
@@ -605,21 +615,21 @@ def load_rated(args, tokenizer):
     return kept, {"reward_mean": mean, "reward_std": std}
 
 
-def collate(rows, pad_id):
+def collate(rows, fill_id):
     """A batch of rows, on the CPU: input_ids (B,T), and by action, (B,A) each, the states (indices
     into input_ids), actions, rewards, mask and terminal."""
     has_rows = len(rows) > 0
     if not has_rows:
         # A rank without rows still takes part, with an action that counts 0: the others wait for
         # it.
-        rows = [{"input_ids": [pad_id], "states": [0], "actions": [pad_id], "rewards": [0.0]}]
+        rows = [{"input_ids": [fill_id], "states": [0], "actions": [fill_id], "rewards": [0.0]}]
     num_actions = torch.tensor([[len(row["actions"])] for row in rows])
     columns = torch.arange(num_actions.max().item())
     mask = columns < num_actions
     return {
-        "input_ids": pad_right([row["input_ids"] for row in rows], pad_id),
+        "input_ids": pad_right([row["input_ids"] for row in rows], fill_id),
         "states": pad_right([row["states"] for row in rows], 0),
-        "actions": pad_right([row["actions"] for row in rows], pad_id),
+        "actions": pad_right([row["actions"] for row in rows], fill_id),
         "rewards": pad_right([row["rewards"] for row in rows], 0.0),
         "terminal": columns == num_actions - 1,
         "mask": mask & has_rows,
@@ -630,16 +640,17 @@ def collate(rows, pad_id):
 # Training and evaluation
 
 
-def micro_batch_loss(model, rows, num_actions, means, loss_fn, pad_id, args, device):
+def micro_batch_loss(model, rows, num_actions, means, loss_fn, fill_id, args, device):
     """The loss of a micro-batch, 0-d: sums over its actions, divided by num_actions of the batch.
 
     Adds what is logged to `means`.
     """
-    batch = to_device(collate(rows, pad_id), device)
+    batch = to_device(collate(rows, fill_id), device)
     mask = batch["mask"]
     with autocast(args, device):
         output = model(batch["input_ids"], batch["states"])
-    # The next column is the next state in which the agent acts.
+    # The next column is the next state in which the agent acts. At a row's last action it means
+    # nothing: there `terminal` is True, and the loss puts 0.
     next_vs = F.pad(output["vs"][:, 1:], (0, 1))
     losses = loss_fn(
         output["qs"],
@@ -656,21 +667,30 @@ def micro_batch_loss(model, rows, num_actions, means, loss_fn, pad_id, args, dev
     )
     for name in ("q", "v", "cql", "awac"):
         means.add_sum(f"loss/{name}", losses[name] * num_actions, mask.sum())
-    target_qs = torch.stack(output["target_qs"]).amin(0)
-    target_q = target_qs.gather(-1, batch["actions"][..., None]).squeeze(-1)
-    advantage = target_q - output["vs"]
-    stats = {"val/q": target_q, "val/v": output["vs"], "val/advantage": advantage}
-    stats["val/awac_weight"] = torch.exp(args.beta * advantage)
-    means.add(stats, mask)
+    means.add(value_stats(output, batch["actions"], args.beta), mask)
     return losses["total"]
 
 
 @torch.no_grad()
-def standardise_inputs(ilql, rows, pad_id):
+def value_stats(output, actions, beta):
+    """The smaller target Q of each action, the value, and what follows from them, to be logged."""
+    target_qs = torch.stack(output["target_qs"]).amin(0)
+    target_q = target_qs.gather(-1, actions[..., None]).squeeze(-1)
+    advantage = target_q - output["vs"]
+    return {
+        "val/q": target_q,
+        "val/v": output["vs"],
+        "val/advantage": advantage,
+        "val/awac_weight": torch.exp(beta * advantage),
+    }
+
+
+@torch.no_grad()
+def standardise_inputs(ilql, rows, fill_id):
     """Set the mean and deviation by which the heads' inputs are standardised, from some rows."""
     sample = rows[:: math.ceil(len(rows) / 128)]
     device = ilql.hidden_mean.device
-    batch = to_device(collate(sample, pad_id), device)
+    batch = to_device(collate(sample, fill_id), device)
     hidden = ilql.policy.base_model(batch["input_ids"], use_cache=False).last_hidden_state
     states = batch["states"][..., None].expand(-1, -1, hidden.shape[-1])
     hidden = hidden.gather(1, states)[batch["mask"]]
@@ -689,7 +709,7 @@ def score_samples(scorer, rows, texts, input_ids, is_real, args):
 
 
 @torch.no_grad()
-def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ranks):
+def evaluate(sampler, prompts, scorer, steps_done, run, sampling, args, tokenizer, ranks):
     """{"eval/score@beta=...": mean score} over the samples of all ranks, and some of them as a
     file.
 
@@ -701,7 +721,7 @@ def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ran
     rows = [row for _, row in chosen]
     P = max(len(ids) for ids, _ in prompts)
     queries, query_mask = left_pad([ids for ids, _ in chosen], P, sampling["pad_id"], ranks.device)
-    generator = seeded(args.seed, "samples", step)
+    generator = seeded(args.seed, "samples", steps_done)
     uniforms = torch.rand(args.eval_samples, args.response_length, generator=generator)[mine]
     uniforms = uniforms.to(ranks.device)
 
@@ -718,7 +738,7 @@ def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ran
             columns = (rows[:10], texts[:10], scores[:10].tolist())
             for row, text, score in zip(*columns, strict=True):
                 sample = {"query": row["prompt"], "response": text, "score": score}
-                run.append("samples.jsonl", [{"step": step, "beta": beta, **sample}])
+                run.append("samples.jsonl", [{"step": steps_done, "beta": beta, **sample}])
     return means.over_ranks()
 
 
@@ -775,10 +795,7 @@ def load_model(args, tokenizer, rows, prompts, statistics):
     fit_to_tokenizer(policy, tokenizer)
     check_decoding(policy, num_positions, args.model)
     policy.requires_grad_(args.policy_lr_scale > 0)
-    ilql = ILQL(policy, args.num_qs, args.q_rows, **statistics)
-    if args.q_rows == "embeddings":
-        standardise_inputs(ilql, rows, tokenizer.eos_token_id)
-    return ilql
+    return ILQL(policy, args.num_qs, args.q_rows, **statistics)
 
 
 def main(args):
@@ -794,6 +811,9 @@ def main(args):
     check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
     torch.manual_seed(args.seed)
     ilql = load_model(args, tokenizer, rows, prompts, statistics).to(device)
+    fill_id = tokenizer.eos_token_id  # Stands after a row, where no token sees it.
+    if args.q_rows == "embeddings":
+        standardise_inputs(ilql, rows, fill_id)
     if args.reward_model:
         scorer.to(device)
 
@@ -822,7 +842,6 @@ def main(args):
         weight_decay=0.0,
         fused=True,
     )
-    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
 
     run = Run(args, ranks, "ilql_rlhf")
     state = {"model": ilql, "optimizer": optimizer}
@@ -851,7 +870,7 @@ def main(args):
             train_model.require_backward_grad_sync = i + 1 == len(groups)
             part = [batch[j] for j in group]
             loss = micro_batch_loss(
-                train_model, part, num_actions, means, loss_fn, pad_id, args, device
+                train_model, part, num_actions, means, loss_fn, fill_id, args, device
             )
             # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss * ranks.world_size).backward()

@@ -240,9 +240,9 @@ def encode_demonstrations(args, tokenizer):
     return kept
 
 
-def collate(sequences, pad_id):
+def collate(sequences, fill_id):
     """Lists of ids as a batch on the CPU: input_ids and attention_mask (N,T), right padded."""
-    input_ids = pad_right(sequences, pad_id)
+    input_ids = pad_right(sequences, fill_id)
     attention_mask = pad_right([[True] * len(ids) for ids in sequences], False)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
@@ -251,16 +251,16 @@ def collate(sequences, pad_id):
 # Training
 
 
-def micro_batch_loss(scorer, rows, means, pad_id, device):
+def micro_batch_loss(scorer, rows, means, fill_id, device):
     """The summed loss of a micro-batch of pairs, 0-d; adds what is logged to `means`."""
     has_rows = len(rows) > 0
     if not has_rows:
         # A rank without rows still takes part, with a pair that counts 0: the others wait for it.
-        rows = [{"chosen": [pad_id], "rejected": [pad_id], "margin": 0.0}]
+        rows = [{"chosen": [fill_id], "rejected": [fill_id], "margin": 0.0}]
     counts = torch.full((len(rows),), has_rows, device=device)
 
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-    batch = to_device(collate(sequences, pad_id), device)
+    batch = to_device(collate(sequences, fill_id), device)
     margin = torch.tensor([row["margin"] for row in rows], device=device)
     chosen_scores, rejected_scores = scorer(**batch).chunk(2)
     losses = preference_loss(chosen_scores, rejected_scores, margin)
@@ -272,26 +272,26 @@ def micro_batch_loss(scorer, rows, means, pad_id, device):
 
 
 @torch.no_grad()
-def evaluate(scorer, rows, pad_id, args, ranks):
+def evaluate(scorer, rows, fill_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = Means()
     lengths = [pair_length(row) for row in rows]
     for group in split_by_length(lengths, args.micro_batch_size, ranks):
         part = [rows[i] for i in group]
         with autocast(args, ranks.device):
-            micro_batch_loss(scorer, part, means, pad_id, ranks.device)
+            micro_batch_loss(scorer, part, means, fill_id, ranks.device)
     return {f"eval/{name}": value for name, value in means.over_ranks().items()}
 
 
 @torch.no_grad()
-def mean_score(scorer, sequences, pad_id, args, ranks):
+def mean_score(scorer, sequences, fill_id, args, ranks):
     """The mean score of lists of token ids, over all ranks."""
     means = Means()
     lengths = [len(ids) for ids in sequences]
     for group in split_by_length(lengths, 2 * args.micro_batch_size, ranks):
-        part = [sequences[i] for i in group] or [[pad_id]]
+        part = [sequences[i] for i in group] or [[fill_id]]
         counts = torch.full((len(part),), len(group) > 0, device=ranks.device)
-        batch = to_device(collate(part, pad_id), ranks.device)
+        batch = to_device(collate(part, fill_id), ranks.device)
         with autocast(args, ranks.device):
             means.add({"score": scorer(**batch)}, counts)
     return means.over_ranks()["score"]
@@ -336,7 +336,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
-    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
+    fill_id = tokenizer.eos_token_id  # Stands after a row, where no token sees it.
 
     run = Run(args, ranks, "reward_model")
     state = {"model": model, "optimizer": optimizer}
@@ -348,7 +348,7 @@ def main(args):
     means = Means()
     metrics = {}
     if done == 0 and eval_rows:
-        metrics = evaluate(scorer, eval_rows, pad_id, args, ranks)
+        metrics = evaluate(scorer, eval_rows, fill_id, args, ranks)
         run.log(0, metrics, shown)
 
     for step in progress(done, num_steps, ranks, "reward_model"):
@@ -364,7 +364,7 @@ def main(args):
             train_model.require_backward_grad_sync = i + 1 == len(groups)
             part = [batch[j] for j in group]
             with autocast(args, ranks.device):
-                loss_sum = micro_batch_loss(train_model, part, means, pad_id, ranks.device)
+                loss_sum = micro_batch_loss(train_model, part, means, fill_id, ranks.device)
             # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss_sum * ranks.world_size / len(batch)).backward()
 
@@ -386,14 +386,14 @@ def main(args):
             metrics |= {"train/rm/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
             means = Means()
             if evaluates:
-                metrics |= evaluate(scorer, eval_rows, pad_id, args, ranks)
+                metrics |= evaluate(scorer, eval_rows, fill_id, args, ranks)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)
 
     # 4. Centre.
     if demonstrations:
-        model.config.score_mean = mean_score(scorer, demonstrations, pad_id, args, ranks)
+        model.config.score_mean = mean_score(scorer, demonstrations, fill_id, args, ranks)
     if ranks.is_main:
         save_pretrained(run.folder / "model", model, tokenizer)
         accuracy = metrics.get("eval/rm/accuracy")

@@ -187,13 +187,13 @@ def load_data(args, tokenizer):
     return hold_out(rows, args.seed)
 
 
-def collate(rows, pad_id):
+def collate(rows, fill_id):
     """Rows as tensors on the CPU: input_ids (B,T), and labels (B,L) of the last L positions.
 
     The logits at position t predict the token at t + 1, so the earliest logits that are needed are
     those just before the earliest label of all rows.
     """
-    input_ids = pad_right([row["input_ids"] for row in rows], pad_id)
+    input_ids = pad_right([row["input_ids"] for row in rows], fill_id)
     labels = pad_right([row["labels"] for row in rows], -100)
     has_label = (labels != -100).any(dim=0)
     earliest = has_label.int().argmax().item()  # 0 where there is no label at all.
@@ -204,12 +204,12 @@ def collate(rows, pad_id):
 # Training
 
 
-def micro_batch_loss(model, rows, means, loss_fn, pad_id, device):
+def micro_batch_loss(model, rows, means, loss_fn, fill_id, device):
     """The summed loss of a micro-batch of rows, 0-d; adds what is logged to `means`."""
     if not rows:
         # A rank without rows still takes part, with one token and no label: the others wait for it.
-        rows = [{"input_ids": [pad_id], "labels": [-100]}]
-    batch = to_device(collate(rows, pad_id), device)
+        rows = [{"input_ids": [fill_id], "labels": [-100]}]
+    batch = to_device(collate(rows, fill_id), device)
     num_logits = batch["labels"].shape[1]
     output = model(batch["input_ids"], use_cache=False, logits_to_keep=num_logits)
     loss_sum, token_count = loss_fn(output.logits, batch["labels"])
@@ -218,14 +218,14 @@ def micro_batch_loss(model, rows, means, loss_fn, pad_id, device):
 
 
 @torch.no_grad()
-def evaluate(model, rows, loss_fn, pad_id, args, ranks):
+def evaluate(model, rows, loss_fn, fill_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = Means()
     lengths = [len(row["input_ids"]) for row in rows]
     for group in split_by_length(lengths, args.micro_batch_size, ranks):
         part = [rows[i] for i in group]
         with autocast(args, ranks.device):
-            micro_batch_loss(model, part, means, loss_fn, pad_id, ranks.device)
+            micro_batch_loss(model, part, means, loss_fn, fill_id, ranks.device)
     return {f"eval/{name}": value for name, value in means.over_ranks().items()}
 
 
@@ -262,7 +262,7 @@ def main(args):
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
     loss_fn = torch.compile(token_loss, dynamic=True) if args.compile else token_loss
-    pad_id = tokenizer.eos_token_id  # No token sees the padding, so any id will do.
+    fill_id = tokenizer.eos_token_id  # Stands after a row, where no token sees it.
 
     run = Run(args, ranks, "sft")
     state = {"model": model, "optimizer": optimizer}
@@ -273,7 +273,7 @@ def main(args):
     means = Means()
     metrics = {}
     if done == 0 and eval_rows:
-        metrics = evaluate(model, eval_rows, loss_fn, pad_id, args, ranks)
+        metrics = evaluate(model, eval_rows, loss_fn, fill_id, args, ranks)
         run.log(0, metrics, shown)
 
     for step in progress(done, num_steps, ranks, "sft"):
@@ -290,7 +290,9 @@ def main(args):
             train_model.require_backward_grad_sync = i + 1 == len(groups)
             part = [batch[j] for j in group]
             with autocast(args, ranks.device):
-                loss_sum = micro_batch_loss(train_model, part, means, loss_fn, pad_id, ranks.device)
+                loss_sum = micro_batch_loss(
+                    train_model, part, means, loss_fn, fill_id, ranks.device
+                )
             # DDP averages gradients over ranks; the factor turns that average into a sum.
             (loss_sum * ranks.world_size / num_tokens).backward()
 
@@ -312,7 +314,7 @@ def main(args):
             metrics |= {"train/sft/lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
             means = Means()
             if evaluates:
-                metrics |= evaluate(model, eval_rows, loss_fn, pad_id, args, ranks)
+                metrics |= evaluate(model, eval_rows, loss_fn, fill_id, args, ranks)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)
