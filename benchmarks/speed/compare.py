@@ -15,11 +15,12 @@
     python benchmarks/speed/compare.py --only ppo --no-peers --floor
 
 Every contender works on the same folders: random weights, a tokenizer of whole words, texts of
-exact lengths. It has a process of its own and works strictly in turn: in each round every contender
-does one turn while all others wait without using a processor, and the order is reversed from round
-to round. A ratio is the median over rounds of (the peer's seconds / ours) in the same round, so
-that a machine that slows down slows both; low and high are the extremes. Ours are the scripts' own
-`main` and the phase times that they log; the seconds of a turn are taken outside of them.
+exact lengths. It has a process of its own and, once all are warm, works strictly in turn: in each
+round every contender does one turn while all others wait without using a processor, and the order
+is reversed from round to round. A ratio is the median over rounds of (the peer's seconds / ours) in
+the same round, so that a machine that slows down slows both; low and high are the extremes. Ours
+are the scripts' own `main` and the phase times that they log; the seconds of a turn are taken
+outside of them.
 
 All contenders, the peers included, run with glibc told to keep the memory that is freed. Otherwise
 it is returned to the system and faulted in again all the time, which takes up to a third of an
@@ -110,7 +111,6 @@ class Contender:
     job: dict
     process: subprocess.Popen | None = None
     log: Path | None = None
-    setup_seconds: float = 0.0
     warm_recompiles: int = 0
     turns: list = field(default_factory=list)
 
@@ -157,8 +157,7 @@ def build_contenders(work, paths, args):
 
 
 def start(contender, folder, threads):
-    """Start a contender's process and wait until it is warm."""
-    began = time.perf_counter()
+    """Start a contender's process."""
     name = contender.name.replace(" ", "_")
     contender.log = folder / f"{name}.log"
     settings = {
@@ -168,9 +167,7 @@ def start(contender, folder, threads):
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
-        # One for all comparisons of a run: decoding finds what PPO has compiled.
-        "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"),
-        "TORCH_LOGS": "recompiles",
+        "TORCH_LOGS": "recompiles",  # See `count_recompiles`.
     }
     job = json.dumps(contender.job | {"output_dir": str(folder / f"run_{name}")})
     with open(contender.log, "w") as log:
@@ -183,9 +180,6 @@ def start(contender, folder, threads):
             cwd=ROOT,
             env=settings,
         )
-    read_report(contender)
-    contender.setup_seconds = time.perf_counter() - began
-    contender.warm_recompiles = count_recompiles(contender)
 
 
 def read_report(contender):
@@ -222,7 +216,10 @@ def run_rounds(contenders, rounds, folder, threads, say):
     try:
         for contender in contenders:
             start(contender, folder, threads)
-            say(f"{contender.name}: warm after {contender.setup_seconds:.0f} s")
+        for contender in contenders:  # Warming up is not measured, so they may do it together.
+            read_report(contender)
+            contender.warm_recompiles = count_recompiles(contender)
+        say("all contenders are warm")
         for i in range(rounds):
             order = contenders if i % 2 == 0 else contenders[::-1]
             for contender in order:
@@ -275,7 +272,6 @@ def summarise(contender):
         )
     summary["memory_mib"] = max(turn["memory_mib"] for turn in contender.turns)
     summary["threads"] = contender.turns[0]["threads"]
-    summary["setup_seconds"] = contender.setup_seconds
     summary["recompiles"] = count_recompiles(contender) - contender.warm_recompiles
     summary["turns"] = contender.turns
     return summary
