@@ -10,7 +10,9 @@ import os
 # These are read when the libraries are imported.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
+import ast
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import json
@@ -52,6 +54,7 @@ from transformers import (
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
+LETTERS = string.ascii_lowercase
 torch.set_num_threads(1)
 
 
@@ -64,7 +67,7 @@ def build_tokenizer(pad_token="<pad>"):
 
     It adds no BOS and no EOS of its own.
     """
-    tokens = ["<pad>", "|", *string.ascii_lowercase, " ", "U", "A"]
+    tokens = ["<pad>", "|", *LETTERS, " ", "U", "A"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -330,6 +333,83 @@ def refuses(capsys, script, options, match):
 
 
 # --------------------------------------------------------------------------------------------------
+# Every script in the root
+
+
+def scripts_in_the_root():
+    """The modules' names of all files with `Args` and `main`, a fork of tonight included."""
+    found = []
+    for path in sorted(ROOT.glob("*.py")):
+        defined = {getattr(node, "name", None) for node in ast.parse(path.read_text()).body}
+        if {"Args", "main"} <= defined:
+            found.append(path.stem)
+    return found
+
+
+# Rows of every kind of data at once, from 5 to 17 tokens long.
+EVERY_COLUMN = [
+    {
+        "prompt": LETTERS[i % 5 : i % 5 + 2 + i % 4],
+        "completion": LETTERS[i % 7 : i % 7 + 2 + (5 * i) % 10],
+        "chosen": LETTERS[i % 7 : i % 7 + 2 + (3 * i) % 10],
+        "rejected": LETTERS[i % 3 : i % 3 + 2 + (7 * i) % 10],
+        "reward": i % 5 - 1.5,
+    }
+    for i in range(21)
+]
+
+REWARD = """
+def distinct_letters(prompts, responses, **columns):
+    return [len(set(response)) / 4 - 1 for response in responses]
+"""
+
+
+@pytest.fixture
+def script_options(tmp_path, gpt2_folder, gpt2_rm_folder, llama_rm_folder):
+    """`script_options(script, name)`: flags of a short run of any script, in the folder `name`.
+
+    Three steps, or one update, on rows of uneven length, without clipping; the third step has 5
+    rows, an uneven share for two ranks. A script that is not in
+    the table below gets the flags that it has; a new kind of data or a flag that a run cannot do
+    without is added here.
+    """
+    dataset = write_jsonl(tmp_path / "rows.jsonl", EVERY_COLUMN)
+    (tmp_path / "reward.py").write_text(REWARD)
+    common = {
+        "model": gpt2_folder,
+        "dataset": dataset,
+        "eval_dataset": dataset,
+        "reward_fn": f"{tmp_path}/reward.py:distinct_letters",
+        "batch_size": 8,
+        "micro_batch_size": 3,
+        "num_steps": 3,
+        "num_epochs": 2,
+        "num_minibatches": 2,
+        "total_episodes": 8,
+        "response_length": 9,
+        "eval_samples": 8,
+        "log_every": 1,
+        "max_grad_norm": 0.0,
+        "lr": 0.01,
+        "precision": "fp32",
+        "compile": False,
+    }
+    # These letters are a third of the vocabulary, so that responses end after 2 to 9 tokens.
+    stop = {"stop_token": "abcdefghij", "min_length": 1}
+    table = {
+        "reward_model": {"model": llama_rm_folder},
+        "ppo_rlhf": {"reward_fn": None, "reward_model": gpt2_rm_folder, **stop},
+    }
+
+    def options(script, name):
+        fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+        chosen = {**common, **table.get(script, stop), "output_dir": str(tmp_path / name)}
+        return {flag: value for flag, value in chosen.items() if flag in fields}
+
+    return options
+
+
+# --------------------------------------------------------------------------------------------------
 # A function on two ranks
 
 
@@ -342,7 +422,7 @@ PRELOAD += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "
 def serve(rank, port, jobs, results):
     """What each of the two processes does: join the group, then run the jobs that arrive."""
     torch.set_num_threads(1)
-    options = {"init_method": f"tcp://127.0.0.1:{port}", "timeout": datetime.timedelta(seconds=40)}
+    options = {"init_method": f"tcp://127.0.0.1:{port}", "timeout": datetime.timedelta(seconds=60)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **options)
     while (job := jobs.get()) is not None:
         function, args = job
@@ -420,6 +500,6 @@ def on_two_ranks():
     shared memory that its sender may close). A whole `main(args)` runs there too: the scripts join
     the process group that they find.
     """
-    ranks = TwoRanks(timeout=120)
+    ranks = TwoRanks(timeout=180)
     yield ranks
     ranks.stop()
