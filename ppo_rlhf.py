@@ -219,7 +219,7 @@ def token_logprobs(logits, tokens, temperature, allowed=None):
     logits (B,R,V) predict tokens (B,R); they are divided by the temperature. allowed (V,) bool: ids
     where it is False get probability 0. The logits may hold -inf already.
 
-    Peak memory beyond that of the logits themselves, for fp32 logits, measured on a CPU: 16 bytes per
+    Peak memory beyond that of the logits, for fp32 logits, measured on a CPU: 16 bytes per
     logit, and 21 with the backward pass; compiled 4 and 8.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
