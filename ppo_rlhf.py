@@ -291,9 +291,9 @@ def value_loss(new_values, values, returns, cliprange_value):
     full gradient wherever it is further from the return. clipped: where the clipped error is
     strictly the larger.
     """
-    change = (new_values - values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = new_values.clamp(values - cliprange_value, values + cliprange_value)
     unclipped_loss = 0.5 * (new_values - returns) ** 2
-    clipped_loss = 0.5 * (values + change - returns) ** 2
+    clipped_loss = 0.5 * (clipped_values - returns) ** 2
     loss = torch.maximum(unclipped_loss, clipped_loss)
     return loss, clipped_loss > unclipped_loss
 
