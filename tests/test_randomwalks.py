@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.activations import ACT2FN
 
+pytestmark = pytest.mark.fast
 SCRIPT = Path(__file__).resolve().parent.parent / "tasks" / "randomwalks.py"
 
 

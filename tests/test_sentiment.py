@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tasks" / "sentiment.py"
 DATA = ROOT / "data" / "sentiment"

@@ -156,6 +156,7 @@ def mean(values):
 # Statistics
 
 
+@pytest.mark.fast
 def test_estimate_by_hand():
     # The mean is 3. The residual sums of the prompts are -2 + 0 for a and -1 + 3 for b, so
     # se^2 = 2/1 * (4 + 4) / 4^2 = 1.
@@ -164,6 +165,7 @@ def test_estimate_by_hand():
     assert result == pytest.approx(expected)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("groups", [list(range(50)), ["same"] * 50])
 def test_estimate_is_the_usual_one_for_distinct_prompts_and_for_a_single_prompt(groups):
     x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -174,6 +176,7 @@ def test_estimate_is_the_usual_one_for_distinct_prompts_and_for_a_single_prompt(
     assert result["high"] == pytest.approx(x.mean().item() + half)
 
 
+@pytest.mark.fast
 def test_repeating_every_response_does_not_narrow_the_interval():
     once = evaluate.estimate([1.0, 4.0, 5.0], [0, 1, 2])
     thrice = evaluate.estimate([1.0, 4.0, 5.0] * 3, [0, 1, 2] * 3)
@@ -181,6 +184,7 @@ def test_repeating_every_response_does_not_narrow_the_interval():
     assert once["high"] == pytest.approx(thrice["high"])
 
 
+@pytest.mark.fast
 def test_estimate_weights_are_counts_of_tokens():
     result = evaluate.estimate([1.0, 4.0], [0, 1], weights=[3, 1])
     assert result["mean"] == pytest.approx(1.75)
@@ -188,11 +192,13 @@ def test_estimate_weights_are_counts_of_tokens():
     assert result["high"] - 1.75 == pytest.approx(1.96 * math.sqrt(2 * 2 * 2.25**2 / 16))
 
 
+@pytest.mark.fast
 def test_a_single_value_has_no_interval():
     result = evaluate.estimate([2.0], [0])
     assert result == {"mean": 2.0, "low": None, "high": None, "std": None, "count": 1}
 
 
+@pytest.mark.fast
 def test_intervals_cover_at_their_rate_when_responses_share_a_prompt():
     """Responses are a prompt's effect plus noise: about 95% of the intervals hold the truth.
 
@@ -213,6 +219,7 @@ def test_intervals_cover_at_their_rate_when_responses_share_a_prompt():
     assert plain_hits < 160
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     scores_of = {0: [3.0, 1.0, 2.0, 0.5], 1: [9.0, 7.0, 8.0, 5.0, 6.0]}
