@@ -24,9 +24,9 @@ Any models:
         --ref_model runs/sft__1__1700000000/model --reward_fns tasks/randomwalks.py:reward
 
 With --run, whatever is not given is as it was in that run. The policy is its model, and the
-reference is what it started from, unless that had no weights. An SFT run is sampled on the
-prompts.jsonl beside its data. A run of reward_model.py is measured on pairs, those of its
---eval_dataset or of --pairs.
+reference is what it started from, unless that had no weights. A run of sft.py, or one of
+ilql_rlhf.py without prompts of its own, is sampled on the prompts.jsonl beside its data. A run of
+reward_model.py is measured on pairs, those of its --eval_dataset or of --pairs.
 
 Shapes: B responses in a batch, P longest prompt, R longest response, T = P + R, V vocabulary, d
 width, N values of an estimate.
@@ -90,8 +90,7 @@ CLEAR_MARGIN = 0.5
 @dataclass
 class Args:
     run: str | None = None
-    """a run folder of one of the four scripts: what is not given here is as it was in that run;
-    none: all as given"""
+    """a run folder of one of the four scripts: what is not given here is as it was in that run"""
     model: str | None = None
     """the policy: a folder or a Hub name; may be left out with --pairs, and then only accuracies
     are reported"""
@@ -119,17 +118,19 @@ class Args:
     response_length: int = 10
     """tokens of a response at most, the end token included"""
     stop_token: str | None = None
-    """a text, such as ".", whose tokens end a response as EOS does, as in ppo_rlhf.py; none: EOS
-    alone"""
+    """a text, such as ".", each of whose tokens ends a response as EOS does, as in ppo_rlhf.py;
+    none: EOS alone"""
     min_length: int = 0
-    """tokens of a response before an end token ends it, as in ppo_rlhf.py; not with --beta"""
+    """an end token among the first min_length tokens of a response does not end it, as in
+    ppo_rlhf.py; not with --beta"""
     query_length: int = 64
-    """tokens of a prompt; longer prompts are left out and counted"""
+    """tokens of a prompt; longer prompts are left out, and how many is printed"""
     pairs: str | None = None
     """rows with prompt+chosen+rejected, or chosen+rejected: report accuracy/<reward model>, and
     also that of the rows whose margin is at least 0.5 where there is such a column"""
     max_length: int = 512
-    """tokens of prompt and response together; pairs with a longer side are left out and counted"""
+    """tokens of prompt and response together; pairs with a longer side are left out, and how many
+    is printed"""
     batch_size: int = 64
     """responses or pairs per forward: a memory knob, without effect on what is sampled"""
     seed: int = 1
