@@ -4,18 +4,14 @@ The task is that of benchmarks/exact_optimum.py.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_jsonl
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import exact_optimum
-from exact_optimum import Args, build_task, exact, sequence_logprobs, solve
+from benchmarks import exact_optimum
+from benchmarks.exact_optimum import Args, build_task, exact, sequence_logprobs, solve
 
 BETA = 1.0
 
