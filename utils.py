@@ -272,6 +272,8 @@ def load_rows(path, columns, max_rows=None):
     text_columns = {name for group in columns for name in group}
     for name in sorted(text_columns & set(rows.column_names)):
         for number, cell in enumerate(rows[name], start=1):
+            if name == "messages" and isinstance(cell, str):
+                raise UserError(f"{path}: row {number}: messages is a text, not a list of messages")
             if not is_text_or_messages(cell):
                 wanted = "not a text or messages of role and content"
                 raise UserError(f"{path}: row {number}: {name} is {cell!r}, {wanted}")
