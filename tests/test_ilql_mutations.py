@@ -1,216 +1,569 @@
-"""Planted bugs: each is put into a copy of ilql_rlhf.py alone, and a test of the formulas or of a step must fail on it.
+"""Bugs planted one at a time in a copy of ilql_rlhf.py: tests of its parts and runs must see each.
 
-The tests look up `ilql_rlhf` in their own module, so a mutant stands in for it there. Caught means an assertion that
-fails: a mutant that merely cannot run would prove nothing.
+A bug counts as seen only if every test that is named with it fails by an assertion, not by an
+exception that any change might raise; and the same tests pass on a copy without a bug. The tests
+look the script up by its name when they are called, so that the copy can stand in for it.
+
+The bugs that matter most run with the other tests, all of them with `bash test.sh --slow`.
 """
 
 import importlib.util
+import inspect
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 import test_ilql_rlhf as parts
 import test_ilql_runs as runs
-from test_ilql_rlhf import chat_tokenizer  # noqa: F401  (a fixture)
-from test_ilql_runs import settings  # noqa: F401  (a fixture)
+from conftest import ROOT, assert_same_gradients
+from test_ilql_rlhf import chat_tokenizer, encode  # noqa: F401  (Fixtures.)
+from test_ilql_runs import settings  # noqa: F401
+from test_mutations import plant
 
-SOURCE = (Path(__file__).resolve().parent.parent / "ilql_rlhf.py").read_text()
+SOURCE = (ROOT / "ilql_rlhf.py").read_text()
 
-
-def loss(request):
-    parts.test_the_loss_is_the_definition(2)
-
-
-def gradient(request):
-    parts.test_where_each_loss_sends_its_gradient()
-
-
-def padding(request):
-    parts.test_nothing_behind_the_mask_reaches_a_number_or_a_gradient()
-
-
-def step(request):
-    fixtures = [request.getfixturevalue(name) for name in ("settings", "tmp_path", "gpt2_folder")]
-    runs.test_a_step_is_the_gradient_of_the_definitions(*fixtures)
-
-
-def sync(request):
-    runs.test_targets_follow_every_optimizer_step(*map(request.getfixturevalue, ("settings", "tmp_path")))
-
-
-def micro(request):
-    """The part of the test of ranks that needs one process: four micro-batches against one."""
-    flags, folder = (
-        request.getfixturevalue("settings")("", max_grad_norm=0.0, reward_fn=None),
-        request.getfixturevalue("tmp_path"),
-    )
-    whole, parted = (runs.share(None, flags, size, folder / "run") for size in (4, 1))
-    runs.assert_same_gradients(parted, whole)
-
-
-def dialogue(request):
-    parts.test_tokens_of_the_environment_are_no_actions(request.getfixturevalue("chat_tokenizer"), [0.5, -1.5])
-
-
-def steering(request):
-    parts.test_steer_is_the_definition()
-
-
-def decoding(request):
-    parts.test_generate_steered_is_the_slow_loop(request.getfixturevalue("gpt2_folder"), 1.5, 1.0)
-
-
-def cuts(request):
-    parts.test_cuts_are_made_under_the_behaviour_policy_before_the_shift(request.getfixturevalue("gpt2_folder"))
-
-
-def padded_heads(request):
-    parts.test_heads_stand_at_the_states_of_rows_without_padding(request.getfixturevalue("gpt2_folder"))
-
-
-def embedding_rows(request):
-    parts.test_embedding_rows_are_the_product_with_the_lm_heads_rows_plus_the_states_own_worth(
-        request.getfixturevalue("gpt2_folder")
-    )
-
-
-def rows_at_actions(request):
-    parts.test_heads_at_the_actions_alone_are_the_whole_ones_there(request.getfixturevalue("gpt2_folder"), "embeddings")
-
-
-def untaken_id(request):
-    parts.test_with_embedding_rows_an_id_that_the_data_never_takes_is_worth_what_its_likes_are(
-        request.getfixturevalue("gpt2_folder")
-    )
-
-
-def long_rows(request):
-    parts.test_long_prompts_lose_their_start_and_no_row_its_end(
-        *map(request.getfixturevalue, ("tokenizer", "chat_tokenizer", "capsys"))
-    )
-
-
-BACKUP = "backup = rewards + gamma * next_vs.detach().masked_fill(terminal, 0.0)"
-MINIMUM = "torch.stack([q.gather(-1, index % q.shape[-1]).squeeze(-1) for q in target_qs]).amin(0).detach()"
-MUTANTS = {
-    "terminal inverted": (BACKUP, BACKUP.replace("(terminal,", "(~terminal,"), (loss, step)),
-    "terminal ignored": (BACKUP, BACKUP.replace(".masked_fill(terminal, 0.0)", ""), (loss,)),
-    "terminal at the first action": ("left == 1, left > 0", "left == left[:, :1], left > 0", (step,)),
-    "V of the same state": ("next_vs = F.pad(vs[:, 1:], (0, 1))", "next_vs = vs", (step,)),
-    "V two actions on": ("next_vs = F.pad(vs[:, 1:], (0, 1))", "next_vs = F.pad(vs[:, 2:], (0, 2))", (step,)),
-    "bootstrap not detached": (BACKUP, BACKUP.replace(".detach()", ""), (gradient, step)),
-    "target not detached": (MINIMUM, MINIMUM.replace(".detach()", ""), (gradient,)),
-    "one sync an epoch": (
-        "        ilql.update_targets(args.alpha)",
-        "        i + 1 == steps_per_epoch and ilql.update_targets(args.alpha)",
-        (sync,),
+# Tests, and the arguments that are not fixtures.
+CHECKS = {
+    "loss": (parts.test_the_loss_is_the_definition, {"num_qs": 2, "changes": {}}),
+    "q gradient": (
+        parts.test_where_each_loss_sends_its_gradient,
+        {"name": "q", "learning": {"qs0", "qs1", "rewards"}},
     ),
-    "Polyak the wrong way round": ("ilql.update_targets(args.alpha)", "ilql.update_targets(1 - args.alpha)", (sync,)),
-    "maximum for minimum": (MINIMUM, MINIMUM.replace("amin", "amax"), (loss, step)),
-    "maximum in steering": (
-        "torch.stack(target_qs).amin(0) - vs",
-        "torch.stack(target_qs).amax(0) - vs",
-        (steering, decoding),
+    "v gradient": (
+        parts.test_where_each_loss_sends_its_gradient,
+        {"name": "v", "learning": {"vs"}},
     ),
-    "expectile weights swapped": ("(tau - (target_q < vs)", "(tau - (target_q >= vs)", (loss, step)),
-    "the environment acts": (
-        "states += range(len(ids) - len(response) - 1, len(ids) - 1)",
-        "states += range(len(ids) - len(response) - len(environment), len(ids) - 1)",
-        (dialogue, step),
+    "awac gradient": (
+        parts.test_where_each_loss_sends_its_gradient,
+        {"name": "awac", "learning": {"logits"}},
     ),
-    "AWAC weight not detached": (
-        "weight = torch.exp(beta * (target_q - vs)).detach()",
-        "weight = torch.exp(beta * (target_q - vs))",
-        (gradient, step),
+    "padding": (parts.test_nothing_outside_the_mask_reaches_a_number_or_a_gradient, {}),
+    "example": (parts.test_the_worked_example_of_the_manual, {"reward": [0.5, -1.5]}),
+    "network": (
+        parts.test_a_network_has_one_hidden_layer_of_twice_the_width_and_starts_at_zero,
+        {},
     ),
-    "AWAC weight the other way": (
-        "torch.exp(beta * (target_q - vs)).detach()",
-        "torch.exp(beta * (vs - target_q)).detach()",
-        (loss,),
+    "rows alone": (parts.test_a_batch_is_its_rows_without_padding, {}),
+    "embeddings": (
+        parts.test_embedding_q_is_a_product_with_the_rows_of_the_lm_head_and_the_states_own_worth,
+        {},
     ),
-    "one head in CQL": ("for q, taken_q in zip(qs, taken_qs)", "for q, taken_q in zip(qs[:1], taken_qs)", (loss, step)),
-    "discount forgotten": (BACKUP, BACKUP.replace("gamma * ", ""), (loss, step)),
-    "padding in the sum": ("loss.masked_fill(~mask, 0.0).sum()", "loss.sum()", (loss, padding)),
-    "mean of means": ("*weights, num_tokens)", "*weights)", (micro,)),
-    "reward of the first turn": (
-        "dict(zip(ends[-len(rewards) :], rewards))",
-        "dict(zip(ends[::-1], rewards))",
-        (dialogue, step),
+    "untaken id": (parts.test_an_id_that_the_data_never_takes, {"q_rows": "embeddings"}),
+    "standardised": (
+        parts.test_inputs_are_standardised_over_the_states_of_rows_spread_over_the_data,
+        {},
     ),
-    "the state's own output is forgotten": ("(0, 1), value=1.0)", "(0, 1), value=0.0)", (embedding_rows,)),
-    "hidden states enter as they are": (
-        "hidden = (hidden.to(mean.dtype) - mean) / deviation",
-        "hidden = hidden.to(mean.dtype)",
-        (embedding_rows,),
+    "targets": (parts.test_targets_start_as_copies_and_follow, {"q_rows": "ids"}),
+    "frozen targets": (parts.test_no_gradient_goes_through_a_target, {}),
+    "fp32": (parts.test_qs_and_values_are_fp32_under_bf16_autocast, {}),
+    "saved": (parts.test_saved_and_loaded_again, {"q_rows": "embeddings"}),
+    "steer": (parts.test_steer_is_the_definition, {}),
+    "decoding": (
+        parts.test_generate_steered_is_the_slow_loop,
+        {"beta": 1.5, "temperature": 0.5},
     ),
-    "one id's row for all actions": (
-        "F.embedding(actions, head[-1].weight)",
-        "F.embedding(actions[:1, :1], head[-1].weight)",
-        (rows_at_actions,),
+    "greedy": (
+        parts.test_generate_steered_is_the_slow_loop,
+        {"beta": 4.0, "temperature": 0},
     ),
-    "rows that learn": ("bias=False).requires_grad_(False))", "bias=False))", (untaken_id,)),
-    "rewards cut to integers": ("[0.0 if x is None else (x - mean)", "[0.0 if x is None else (int(x) - mean)", (step,)),
-    "a row cut at its end": (
-        "kept.append((ids[cut:-1], [i - cut for",
-        "kept.append((ids[: len(ids) - 1 - cut], [i - 0 * cut for",
-        (long_rows,),
+    "forbidden ids": (parts.test_forbidden_ids_are_never_sampled_however_good, {}),
+    "completion": (parts.test_the_actions_of_a_completion_are_its_tokens_and_one_eos, {}),
+    "dialogue": (parts.test_tokens_of_the_environment_are_no_actions, {"reward": [0.5, -1.5]}),
+    "one reward": (parts.test_tokens_of_the_environment_are_no_actions, {"reward": 2.0}),
+    "line break": (
+        parts.test_what_the_template_writes_after_a_turn_is_the_environments,
+        {},
     ),
-    "states one early": (
-        "attention_mask).take_along_dim(states[..., None]",
-        "attention_mask).take_along_dim((states - 1).clamp(min=0)[..., None]",
-        (padded_heads,),
-    ),
-    "steering by the online Q": (
-        'steer(logits, self.values("target_q", hidden)',
-        'steer(logits, self.values("q", hidden)',
-        (decoding,),
-    ),
-    "positions of the slots, padding counted": (
-        "(key_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]",
-        "(torch.ones_like(key_mask).cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]",
-        (decoding,),
-    ),
-    "the last token cannot be read": ("key_mask[:, P + t - 1] = 1", "key_mask[:, P + t - 2] = 1", (decoding,)),
-    "an end to all with the first row's": (".any(1).all():", ".any(1).any():", (decoding,)),
-    "tokens behind the stop": ("(response_mask(responses, stop_ids),", "(torch.tensor(True),", (decoding,)),
-    "temperature on the sum": (
-        "float() / (temperature or 1.0) + bias\n",
-        "float() + bias\n        beta = beta / (temperature or 1.0)\n",
-        (cuts,),
-    ),
+    "turns of a prompt": (parts.test_assistant_turns_inside_a_prompt_are_no_actions, {}),
+    "long rows": (parts.test_rows_over_max_length_are_left_out_and_counted, {}),
+    "normalised": (parts.test_rewards_are_floats_and_may_be_normalised, {}),
+    "step": (runs.test_a_step_is_the_gradient_of_the_definitions, {}),
+    "micro-batches": (runs.test_micro_batches_do_not_change_a_gradient, {}),
+    "policy rate": (runs.test_the_policy_learns_at_its_own_rate, {"scale": 0.25}),
+    "every step": (runs.test_targets_follow_every_optimizer_step, {}),
+    "rates": (runs.test_the_learning_rate_falls_from_lr_to_one_last_step, {}),
+    "clipping": (runs.test_gradients_are_scaled_down_to_max_grad_norm, {}),
+    "samples": (runs.test_what_is_sampled_and_scored, {}),
+    "moment": (runs.test_the_samples_are_those_of_the_model_of_the_moment, {}),
+    "better letter": (runs.test_steering_learns_the_better_letter, {}),
+    "metrics": (runs.test_metrics_are_the_documented_ones, {}),
+    "means": (runs.test_metrics_of_several_steps_are_means_over_their_actions, {}),
+    "resumed": (runs.test_a_resumed_run_ends_in_the_same_bits, {"step": 4}),
 }
 
 
-def plant(monkeypatch, tmp_path, old, new):
-    """The script with one replacement, in the place of the script in both test modules."""
-    assert SOURCE.count(old) == 1, f"{old!r} stands {SOURCE.count(old)} times in the script"
-    path = tmp_path / "ilql_mutant.py"
-    path.write_text(SOURCE.replace(old, new))
-    spec = importlib.util.spec_from_file_location("ilql_mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ilql_mutant", mutant)
-    spec.loader.exec_module(mutant)
-    for module in (parts, runs):
-        monkeypatch.setattr(module, "ilql_rlhf", mutant)
+@dataclass(frozen=True)
+class Bug:
+    """A mistake, and the tests that must see it.
+
+    checks: names in CHECKS; each must fail. old: a text that the script holds exactly once. new:
+    what stands there instead.
+    """
+
+    name: str
+    checks: list
+    old: str
+    new: str
+    matters: bool = False
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_is_caught(name, request, monkeypatch, tmp_path):
-    old, new, checks = MUTANTS[name]
-    plant(monkeypatch, tmp_path, old, new)
-    with pytest.raises(AssertionError):
-        checks[0](request)
+BUGS = [
+    # ---- The temporal difference
+    Bug(
+        "the value after the end is bootstrapped",
+        checks=["loss", "step"],
+        old="next_vs.masked_fill(~mask | terminal, 0.0)",
+        new="next_vs.masked_fill(~mask, 0.0)",
+        matters=True,
+    ),
+    Bug(
+        "terminal means not terminal",
+        checks=["loss", "step"],
+        old="next_vs.masked_fill(~mask | terminal, 0.0)",
+        new="next_vs.masked_fill(~mask | ~terminal, 0.0)",
+    ),
+    Bug(
+        "the first action is terminal",
+        checks=["example", "step"],
+        old="columns == num_actions - 1",
+        new="columns == 0 * num_actions",
+    ),
+    Bug(
+        "the value of the same state is bootstrapped",
+        checks=["example", "step"],
+        old='F.pad(output["vs"][:, 1:], (0, 1))',
+        new='output["vs"]',
+        matters=True,
+    ),
+    Bug(
+        "the value of two actions on is bootstrapped",
+        checks=["example", "step"],
+        old='F.pad(output["vs"][:, 1:], (0, 1))',
+        new='F.pad(output["vs"][:, 2:], (0, 2))',
+    ),
+    Bug(
+        "the next value learns to be what Q says",
+        checks=["q gradient", "step"],
+        old="args.gamma * next_vs.detach()",
+        new="args.gamma * next_vs",
+        matters=True,
+    ),
+    Bug(
+        "no discount",
+        checks=["loss", "step"],
+        old="args.gamma * next_vs.detach()",
+        new="next_vs.detach()",
+    ),
+    Bug(
+        "the error of one Q alone",
+        checks=["loss", "step"],
+        old="(backup - q) ** 2 for q in taken_qs)",
+        new="(backup - q) ** 2 for q in taken_qs[:1])",
+    ),
+    # ---- Value, CQL and AWAC
+    Bug(
+        "the larger target",
+        checks=["loss", "step"],
+        old="torch.stack(taken_target_qs).amin(0).detach()",
+        new="torch.stack(taken_target_qs).amax(0).detach()",
+        matters=True,
+    ),
+    Bug(
+        "targets learn through the value's loss",
+        checks=["v gradient"],
+        old="torch.stack(taken_target_qs).amin(0).detach()",
+        new="torch.stack(taken_target_qs).amin(0)",
+    ),
+    Bug(
+        "the expectile is that of 1 - tau",
+        checks=["loss", "step"],
+        old="torch.where(target_q >= vs, args.tau, 1 - args.tau)",
+        new="torch.where(target_q < vs, args.tau, 1 - args.tau)",
+        matters=True,
+    ),
+    Bug(
+        "one Q in CQL",
+        checks=["loss", "step"],
+        old="zip(qs, taken_qs, strict=True)",
+        new="zip(qs, taken_qs[:1], strict=False)",
+    ),
+    Bug(
+        "AWAC's weight learns",
+        checks=["awac gradient", "step"],
+        old="torch.exp(args.beta * (target_q - vs)).detach()",
+        new="torch.exp(args.beta * (target_q - vs))",
+        matters=True,
+    ),
+    Bug(
+        "bad actions are cloned",
+        checks=["loss", "step"],
+        old="torch.exp(args.beta * (target_q - vs)).detach()",
+        new="torch.exp(args.beta * (vs - target_q)).detach()",
+    ),
+    # ---- Sums and padding
+    Bug(
+        "padding in the sum",
+        checks=["loss", "padding"],
+        old="loss.masked_fill(~mask, 0.0).sum()",
+        new="loss.sum()",
+    ),
+    Bug(
+        "a NaN of the padding reaches the gradient",
+        checks=["padding"],
+        old="logits = logits.masked_fill(~mask[..., None], 0.0)",
+        new="pass",
+    ),
+    Bug(
+        "a mean of means",
+        checks=["micro-batches"],
+        old="        args,\n        num_actions,\n    )",
+        new="        args,\n    )",
+        matters=True,
+    ),
+    Bug(
+        "metrics are means of means",
+        checks=["means"],
+        old="losses[name] * num_actions, mask.sum())",
+        new="losses[name] * num_actions / mask.sum(), torch.ones(()))",
+    ),
+    # ---- Networks and targets
+    Bug(
+        "random values are bootstrapped at first",
+        checks=["network", "targets"],
+        old="    torch.nn.init.zeros_(last.weight)\n",
+        new="",
+    ),
+    Bug(
+        "targets take the steps of the Qs",
+        checks=["frozen targets"],
+        old="copy.deepcopy(self.qs).requires_grad_(False)",
+        new="copy.deepcopy(self.qs)",
+    ),
+    Bug(
+        "targets are the Qs",
+        checks=["targets"],
+        old="copy.deepcopy(self.qs).requires_grad_(False)",
+        new="self.qs",
+    ),
+    Bug(
+        "targets follow once an epoch",
+        checks=["every step"],
+        old="        ilql.update_targets(args.alpha)",
+        new="        if step == num_steps:\n            ilql.update_targets(args.alpha)",
+        matters=True,
+    ),
+    Bug(
+        "targets keep alpha of themselves",
+        checks=["targets", "every step"],
+        old="target.lerp_(parameter, alpha)",
+        new="target.lerp_(parameter, 1 - alpha)",
+    ),
+    Bug(
+        "states one token early",
+        checks=["rows alone", "step"],
+        old="hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))\n        return",
+        new=(
+            "hidden.roll(1, 1).gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))\n"
+            "        return"
+        ),
+    ),
+    Bug(
+        "Qs in bf16",
+        checks=["fp32"],
+        old="torch.autocast(hidden.device.type, enabled=False)",
+        new="torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled('cpu'))",
+    ),
+    Bug(
+        "the state's own worth is forgotten",
+        checks=["embeddings"],
+        old="output[..., :-1] @ self.rows.T + output[..., -1:]",
+        new="output[..., :-1] @ self.rows.T",
+    ),
+    Bug(
+        "hidden states enter as they are",
+        checks=["embeddings"],
+        old="(hidden.float() - self.hidden_mean) / self.hidden_std",
+        new="hidden.float()",
+    ),
+    Bug(
+        "padding in the mean by which inputs are standardised",
+        checks=["standardised"],
+        old='hidden.gather(1, states)[batch["mask"]]',
+        new="hidden.gather(1, states).flatten(0, 1)",
+    ),
+    Bug(
+        "rows of the head that learn",
+        checks=["untaken id"],
+        old='self.register_buffer("rows", rows)',
+        new="self.rows = torch.nn.Parameter(rows)",
+    ),
+    Bug(
+        "rows of the head as it is when the model is loaded",
+        checks=["saved"],
+        old="if not name.startswith",
+        new='if not name.endswith("rows") and not name.startswith',
+    ),
+    # ---- Steering and decoding
+    Bug(
+        "steering by the larger target",
+        checks=["steer", "decoding"],
+        old="torch.stack(target_qs).amin(0) - vs",
+        new="torch.stack(target_qs).amax(0) - vs",
+    ),
+    Bug(
+        "steering by the Qs",
+        checks=["decoding"],
+        old='steer(logits, values["target_qs"]',
+        new='steer(logits, values["qs"]',
+        matters=True,
+    ),
+    Bug(
+        "the temperature divides the sum",
+        checks=["decoding"],
+        old='return steer(logits, values["target_qs"], values["vs"], beta)',
+        new='return steer(logits, values["target_qs"], values["vs"], beta / temperature)',
+    ),
+    Bug(
+        "greedy decoding samples",
+        checks=["greedy"],
+        old="return ilql.steered_logits(hidden, beta, allowed).argmax(-1)",
+        new="temperature = 1.0",
+    ),
+    Bug(
+        "an id that is forbidden is brought back",
+        checks=["forbidden ids"],
+        old="logits = logits.masked_fill(~allowed, -math.inf)\n        values",
+        new="logits = logits.masked_fill(~allowed, -10)\n        values",
+    ),
+    Bug(
+        "padding counts as positions of the prompt",
+        checks=["decoding"],
+        old="positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)",
+        new="positions = torch.arange(P).expand(B, P)",
+    ),
+    Bug(
+        "a new token one position late",
+        checks=["decoding"],
+        old="position_ids=prompt_lengths + t,",
+        new="position_ids=prompt_lengths + t + 1,",
+    ),
+    Bug(
+        "a new token cannot be read",
+        checks=["decoding"],
+        old="key_mask[:, P + t] = 1",
+        new="key_mask[:, P + t - 1] = 1",
+    ),
+    Bug(
+        "all rows end with the first that ends",
+        checks=["decoding"],
+        old="ended.all()",
+        new="ended.any()",
+    ),
+    Bug(
+        "tokens after the stop",
+        checks=["decoding"],
+        old="torch.where(ended, pad_id, next_tokens)",
+        new="next_tokens",
+    ),
+    # ---- Rows
+    Bug(
+        "the environment acts",
+        checks=["dialogue", "example"],
+        old="range(len(ids) - 1, len(ids) - 1 + len(said))",
+        new="range(len(ids) - len(before), len(ids) - 1 + len(said))",
+        matters=True,
+    ),
+    Bug(
+        "a turn's reward is paid for its first token",
+        checks=["completion", "dialogue", "step"],
+        old="[None] * (len(said) - 1) + [reward]",
+        new="[reward] + [None] * (len(said) - 1)",
+    ),
+    Bug(
+        "rewards of the turns in reverse",
+        checks=["dialogue", "step"],
+        old="zip(turns, turn_rewards, strict=True)",
+        new="zip(turns, turn_rewards[::-1], strict=True)",
+    ),
+    Bug(
+        "one reward for a dialogue is paid in its first turn",
+        checks=["one reward"],
+        old="[None] * (len(turns) - 1) + [turn_rewards]",
+        new="[turn_rewards] + [None] * (len(turns) - 1)",
+    ),
+    Bug(
+        "no EOS is an action",
+        checks=["completion"],
+        old="[*said, tokenizer.eos_token_id])]",
+        new="said)]",
+    ),
+    Bug(
+        "what the template writes after the EOS is lost",
+        checks=["line break"],
+        old="new_text = before[len(rendered) :]",
+        new="new_text = before[len(rendered) :].lstrip()",
+    ),
+    Bug(
+        "assistant turns of a prompt act",
+        checks=["turns of a prompt"],
+        old='message["role"] != "assistant" or i < num_given',
+        new='message["role"] != "assistant"',
+    ),
+    Bug(
+        "rows of one token more than --max_length",
+        checks=["long rows"],
+        old='len(row["input_ids"]) + 1 <= args.max_length',
+        new='len(row["input_ids"]) <= args.max_length',
+    ),
+    Bug(
+        "rewards cut to integers, as in the code of the paper's per-utterance variant",
+        checks=["normalised"],
+        old="else (x - mean) / std",
+        new="else int((x - mean) / std)",
+        matters=True,
+    ),
+    Bug(
+        "actions without a reward get minus the mean",
+        checks=["normalised"],
+        old="[0.0 if x is None else (x - mean) / std",
+        new="[((x or 0.0) - mean) / std",
+    ),
+    # ---- Runs
+    Bug(
+        "the learning rate of the step after",
+        checks=["rates", "metrics"],
+        old="(1 - (step - 1) / num_steps)",
+        new="(1 - step / num_steps)",
+    ),
+    Bug(
+        "the policy learns as fast as the values",
+        checks=["policy rate"],
+        old="args.policy_lr_scale * lr",
+        new="lr",
+    ),
+    Bug(
+        "gradients of the language model alone are scaled down",
+        checks=["clipping"],
+        old="clip_grad_norm_(ilql.parameters(), max_norm)",
+        new="clip_grad_norm_(ilql.policy.parameters(), max_norm)",
+    ),
+    Bug(
+        "samples of the model as it was at the start",
+        checks=["better letter", "moment"],
+        old="                copy_weights(ilql, sampler)\n",
+        new="",
+        matters=True,
+    ),
+    Bug(
+        "the same noise in every evaluation",
+        checks=["samples"],
+        old='seeded(args.seed, "samples", steps_done)',
+        new='seeded(args.seed, "samples")',
+    ),
+    Bug(
+        "optimizer state lost on resume",
+        checks=["resumed"],
+        old="run.load_checkpoint(state)",
+        new='run.load_checkpoint({"model": ilql})',
+    ),
+]
 
 
-@pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant[2][1:]])
-def test_a_planted_bug_in_the_loss_is_seen_in_a_step_too(name, request, monkeypatch, tmp_path):
-    old, new, checks = MUTANTS[name]
-    plant(monkeypatch, tmp_path, old, new)
-    with pytest.raises(AssertionError):
-        checks[1](request)
+# --------------------------------------------------------------------------------------------------
+# How a bug is planted, and how it is seen
 
 
-@pytest.mark.parametrize("check", sorted({check for *_, checks in MUTANTS.values() for check in checks}, key=str))
+@pytest.fixture
+def folder(gpt2_folder):
+    """The tests that take every kind of model get one kind here."""
+    return gpt2_folder
+
+
+@pytest.fixture
+def finished(settings, tmp_path_factory):  # noqa: F811
+    """The run that the tests of whole runs share: here each bug has its own."""
+    run_folder = tmp_path_factory.mktemp("runs") / "finished"
+    return runs.run(settings(run_folder, num_epochs=2, save_every=1, eval_every=2))
+
+
+def stand_in(patch, source, path):
+    """Let a source stand in for the script wherever the tests look it up."""
+    Path(path).write_text(source)
+    spec = importlib.util.spec_from_file_location("ilql_rlhf", path)
+    copy = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, "ilql_rlhf", copy)
+    spec.loader.exec_module(copy)
+    patch.setattr(parts, "ilql_rlhf", copy)
+    patch.setattr(runs, "ilql_rlhf", copy)
+
+
+def call(check, request):
+    """Call a test as pytest would: what it does not get as a parameter is a fixture."""
+    test, parameters = CHECKS[check]
+    arguments = dict(parameters)
+    for name in inspect.signature(test).parameters:
+        if name not in arguments:
+            arguments[name] = request.getfixturevalue(name)
+    test(**arguments)
+
+
+def cases():
+    """(bug, check) for each test that must see a bug."""
+    found = []
+    for bug in BUGS:
+        for check in bug.checks:
+            marks = [] if bug.matters and check == bug.checks[0] else [pytest.mark.slow]
+            found.append(pytest.param(bug, check, id=f"{bug.name}, {check}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("bug", "check"), cases())
+def test_planted_bug_is_seen(bug, check, request, monkeypatch, tmp_path):
+    path = tmp_path / "copy.py"
+    stand_in(monkeypatch, plant(bug.old, bug.new, SOURCE), path)
+    with pytest.raises(AssertionError) as caught:
+        call(check, request)
+    assert str(path) not in {str(entry.path) for entry in caught.traceback}
+
+
+def checks_without_a_bug():
+    """Every check once; those of the bugs that matter most are not slow."""
+    first = {bug.checks[0] for bug in BUGS if bug.matters}
+    return [
+        pytest.param(check, marks=[] if check in first else [pytest.mark.slow]) for check in CHECKS
+    ]
+
+
+@pytest.mark.parametrize("check", checks_without_a_bug())
 def test_without_a_bug_every_check_passes(check, request, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "class ILQL(", "class ILQL(")
-    check(request)
+    stand_in(monkeypatch, SOURCE, tmp_path / "copy.py")
+    call(check, request)
+
+
+def test_every_check_has_a_bug():
+    assert CHECKS.keys() == {check for bug in BUGS for check in bug.checks}
+
+
+def gradients_of_a_copy(rank, source, path, flags):
+    """For two connected ranks: the gradients of a run of another source."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, source, f"{path}{rank}.py")
+        return runs.gradients_on_rank(rank, flags)
+
+
+@pytest.mark.slow
+def test_a_mean_over_ranks_instead_of_a_sum_is_seen(settings, tmp_path, on_two_ranks):  # noqa: F811
+    changes = {"max_grad_norm": 0.0, "reward_fn": None}
+    alone, _ = runs.recorded(settings(tmp_path / "alone", **changes))
+    old = "(loss * ranks.world_size).backward()"
+    for source in (SOURCE, plant(old, "loss.backward()", SOURCE)):
+        flags = settings(tmp_path / f"both{len(source)}", **changes)
+        path = str(tmp_path / "copy")
+        for history in on_two_ranks(gradients_of_a_copy, source, path, flags):
+            if source == SOURCE:
+                assert_same_gradients(history, alone)
+            else:
+                with pytest.raises(AssertionError):
+                    assert_same_gradients(history, alone)

@@ -557,6 +557,7 @@ def test_response_mask(row, min_length, length):
 
 QUERIES = [[5], [6, 7, 8, 9, 10, 11, 12], [9, 3, 9], [14, 15, 16, 17, 2]]
 ALLOWED = torch.arange(VOCABULARY) != PAD
+STOPS = list(range(EOS, 8))  # So many that some of ten tokens is one of them in most rows.
 
 
 def sample(ilql, uniforms, beta, extra=0, **options):
@@ -582,9 +583,19 @@ def slow_response(ilql, prompt, uniforms, beta, temperature, allowed):
         if temperature == 0:
             token = int(steered.argmax())
         response.append(token)
-        if token == EOS:
+        if token in STOPS:
             break
     return response
+
+
+def assert_slow_responses(responses, ilql, uniforms, beta, temperature, allowed):
+    """That they are what the slow loop gives, with pads after a stop, and of several lengths."""
+    lengths = set()
+    for prompt, row, response in zip(QUERIES, uniforms, responses.tolist(), strict=True):
+        expected = slow_response(ilql, prompt, row, beta, temperature, allowed)
+        assert response == expected + [PAD] * (len(row) - len(expected))
+        lengths.add(len(expected))
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(1.5, 1.0), (1.5, 0.5), (4.0, 0)])
@@ -592,10 +603,9 @@ def test_generate_steered_is_the_slow_loop(folder, beta, temperature):
     ilql = build(folder)
     uniforms = uniform(4, 10, seed=3)
     for extra in (0, 4):
-        responses = sample(ilql, uniforms, beta, extra=extra, temperature=temperature)
-        for prompt, row, response in zip(QUERIES, uniforms, responses.tolist(), strict=True):
-            expected = slow_response(ilql, prompt, row, beta, temperature, ALLOWED)
-            assert response == expected + [PAD] * (10 - len(expected))
+        options = {"temperature": temperature, "stop_ids": STOPS}
+        responses = sample(ilql, uniforms, beta, extra=extra, **options)
+        assert_slow_responses(responses, ilql, uniforms, beta, temperature, ALLOWED)
 
 
 @pytest.mark.slow
@@ -608,10 +618,8 @@ def test_every_family_is_trained_and_steered_as_its_rows_alone(config, tmp_path,
     ilql = build(str(tmp_path))
     allowed = torch.arange(config.vocab_size) != PAD
     uniforms = uniform(4, 10, seed=3)
-    responses = sample(ilql, uniforms, 1.5, allowed=allowed)
-    for prompt, row, response in zip(QUERIES, uniforms, responses.tolist(), strict=True):
-        expected = slow_response(ilql, prompt, row, 1.5, 1.0, allowed)
-        assert response == expected + [PAD] * (10 - len(expected))
+    responses = sample(ilql, uniforms, 1.5, allowed=allowed, stop_ids=STOPS)
+    assert_slow_responses(responses, ilql, uniforms, 1.5, 1.0, allowed)
 
 
 @torch.no_grad()
@@ -909,7 +917,10 @@ BAD_ROWS = {
         [GOOD, {"prompt": "", "completion": "b", "reward": 1.0}],
         f"row 2: {NO_ACTION}",
     ),
-    "the agent speaks first": ([{"messages": turns("a", "b")[1:], "reward": 1.0}], "row 1: "),
+    "the agent speaks first": (
+        [{"messages": turns("a", "b")[1:], "reward": 1.0}],
+        "row 1: .*empty conversation",
+    ),
     "a role": (
         [DIALOGUE, {"messages": [JUDGE, *turns("b", "c")], "reward": [1.0]}],
         "row 2: unknown role 'judge'; known are system, user, assistant and tool",
@@ -922,7 +933,10 @@ BAD_ROWS = {
         [{"prompt": "a", "completion": turns("b", "c"), "reward": 1.0}],
         "row 1: a prompt of text needs a completion of text",
     ),
-    "a text for messages": ([{"messages": "a", "reward": 1.0}], "row 1: "),
+    "a text for messages": (
+        [{"messages": "a", "reward": 1.0}],
+        "row 1: messages is a text, not a list of messages",
+    ),
 }
 
 
