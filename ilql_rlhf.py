@@ -856,7 +856,7 @@ def main(args):
     if done == 0 and prompts:
         run.log(0, evaluate(sampler, prompts, scorer, 0, **evaluation), shown)
 
-    for step in progress(done, num_steps, ranks, "ilql_rlhf"):
+    for step in progress(done, num_steps, ranks, run.script):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]

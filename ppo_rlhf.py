@@ -119,10 +119,6 @@ class Args:
     response; instead of --reward_model"""
     monitor_fn: str | None = None
     """a function like --reward_fn that is logged as monitor/<name> and never trained on"""
-    value_trunk: Literal["separate", "shared"] = "separate"
-    """separate: the critic is a network of its own, a copy of the reward model, or without one a
-    copy of the policy with a head of zeros; shared: it is a head of zeros on the policy's own
-    network"""
     dataset: str = "data/randomwalks/prompts.jsonl"
     """rows with prompt; every other column reaches the reward function"""
     output_dir: str | None = None
@@ -161,18 +157,22 @@ class Args:
     """adapt kl_coef until the KL of a response is this; none: kl_coef stays as it is"""
     kl_horizon: int = 10000
     """with --target_kl_nats: kl_coef changes by about a fifth at most in this many episodes"""
-    gamma: float = 1.0
-    """discount per token"""
-    lam: float = 0.95
-    """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
     cliprange: float = 0.2
     """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
     """replaces the upper bound by 1 + cliprange_high; none: the same on both sides"""
-    cliprange_value: float = 0.2
-    """a value gains nothing by moving further than this from the old one, in units of the reward"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
+    value_trunk: Literal["separate", "shared"] = "separate"
+    """separate: the critic is a network of its own, a copy of the reward model, or without one a
+    copy of the policy with a head of zeros; shared: it is a head of zeros on the policy's own
+    network"""
     vf_coef: float = 0.1
     """weight of the value loss"""
+    cliprange_value: float = 0.2
+    """a value gains nothing by moving further than this from the old one, in units of the reward"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus, per nat of a token's entropy"""
     ratio_guard: float = 10.0
@@ -246,6 +246,20 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return -kl_coef * log_ratio + torch.where(is_last, scores[:, None], 0.0)
 
 
+def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
+    """PPO's clipped loss per token: (loss, ratio, clipped), each (B,R).
+
+    Schulman et al. 2017, equation 7, negated. The ratio new / old is clipped to 1 - cliprange ..
+    1 + cliprange_high (None: cliprange). clipped: where the clipped loss is strictly the larger.
+    """
+    ratio = torch.exp(new_logprobs - logprobs)
+    high = cliprange if cliprange_high is None else cliprange_high
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - cliprange, 1 + high)
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    return loss, ratio, clipped_loss > unclipped_loss
+
+
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimates and returns, both (B,R) (Schulman et al. 2016, equation 16).
 
@@ -266,20 +280,6 @@ def compute_gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = advantage
     returns = advantages + values
     return advantages, returns
-
-
-def policy_loss(new_logprobs, logprobs, advantages, cliprange, cliprange_high=None):
-    """PPO's clipped loss per token: (loss, ratio, clipped), each (B,R).
-
-    Schulman et al. 2017, equation 7, negated. The ratio new / old is clipped to 1 - cliprange ..
-    1 + cliprange_high (None: cliprange). clipped: where the clipped loss is strictly the larger.
-    """
-    ratio = torch.exp(new_logprobs - logprobs)
-    high = cliprange if cliprange_high is None else cliprange_high
-    unclipped_loss = -advantages * ratio
-    clipped_loss = -advantages * ratio.clamp(1 - cliprange, 1 + high)
-    loss = torch.maximum(unclipped_loss, clipped_loss)
-    return loss, ratio, clipped_loss > unclipped_loss
 
 
 def value_loss(new_values, values, returns, cliprange_value):
@@ -607,37 +607,30 @@ def rollout(sampler, prompts, uniforms, longest_prompt, eos_id, **sampling):
 
 
 @torch.no_grad()
-def score_batch(batch, actor_critic, reference_actor, reward_model, args):
-    """logprobs, ref_logprobs and values (B,R), 0 outside the mask, and raw_scores (B,).
+def score_batch(batch, model, reference, reward_model, args):
+    """logprobs, values and ref_logprobs (B,R), 0 outside the mask, and raw_scores (B,).
 
     Without a reward model the raw scores are 0, for a reward function to replace.
     """
-    device = batch["mask"].device
-    logprobs = torch.zeros(batch["mask"].shape, device=device)
-    ref_logprobs = torch.zeros_like(logprobs)
-    values = torch.zeros_like(logprobs)
-    raw_scores = torch.zeros(len(logprobs), device=device)
+    mask = batch["mask"]
+    names = ("logprobs", "values", "ref_logprobs")
+    scored = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
+    raw_scores = torch.zeros(len(mask), device=mask.device)
     for rows in split_by_length(total_lengths(batch), args.micro_batch_size):
-        rows = rows.to(device, non_blocking=True)
+        rows = rows.to(mask.device, non_blocking=True)
         part = select(batch, rows)
-        mask = part["mask"]
-        R = mask.shape[1]
-        with autocast(args, device):
-            old = actor_critic(part["input_ids"], part["prompt_lengths"], R)
-            ref = reference_actor(part["input_ids"], part["prompt_lengths"], R)
+        R = part["mask"].shape[1]
+        with autocast(args, mask.device):
+            output = model(part["input_ids"], part["prompt_lengths"], R)
+            ref_output = reference(part["input_ids"], part["prompt_lengths"], R)
             if reward_model is not None:  # is_real only says where each row ends.
                 raw_scores[rows] = last_token_scores(
                     reward_model, part["input_ids"], part["is_real"]
                 )
-        logprobs[rows, :R] = torch.where(mask, old["logprobs"], 0.0)
-        values[rows, :R] = torch.where(mask, old["values"], 0.0)
-        ref_logprobs[rows, :R] = torch.where(mask, ref["logprobs"], 0.0)
-    return {
-        "logprobs": logprobs,
-        "ref_logprobs": ref_logprobs,
-        "values": values,
-        "raw_scores": raw_scores,
-    }
+        output["ref_logprobs"] = ref_output["logprobs"]
+        for name in names:
+            scored[name][rows, :R] = torch.where(part["mask"], output[name], 0.0)
+    return {**scored, "raw_scores": raw_scores}
 
 
 def final_scores(raw_scores, has_eos, moments, args):
@@ -771,6 +764,17 @@ def rollout_metrics(batch, kl_coef, extra):
     return means.over_ranks() | {"val/explained_var": explained}
 
 
+def sample_columns(batch, rows, texts, count=16):
+    """Score, KL, query and response of the first rows, as lists by name."""
+    kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
+    return {
+        "score": batch["scores"][:count].tolist(),
+        "kl": kl[:count].tolist(),
+        "query": [row["prompt"] for row in rows[:count]],
+        "response": texts[:count],
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # Setting up
 
@@ -779,13 +783,15 @@ def check_flags(args):
     """Refuse what is out of bounds or cannot work together, before anything is loaded."""
     check_shared_flags(args)
     check_at_least(args, 1, "num_epochs", "num_minibatches", "query_length", "response_length")
-    check_at_least(args, 0, "min_length", "kl_coef", "gamma", "lam", "vf_coef")
+    check_at_least(args, 0, "min_length", "kl_coef")
     check_finite(args, "entropy_coef")
-    check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_value")
-    check_above_zero(args, "cliprange_score", "target_kl_nats", "kl_horizon", "early_stop_kl")
+    check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_score")
+    check_above_zero(args, "target_kl_nats", "kl_horizon", "early_stop_kl")
     check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     if args.missing_eos_score != "none":
         check_finite(args, "missing_eos_score")
+    check_at_least(args, 0, "gamma", "lam", "vf_coef")
+    check_above_zero(args, "cliprange_value")
     if args.gamma > 1 or args.lam > 1:
         raise UserError("--gamma and --lam: must be at most 1")
     if not 1 < args.ratio_guard < math.inf:
@@ -819,44 +825,46 @@ def load_reward_function(spec, flag, prompts):
 
 
 def load_models(args, tokenizer, num_positions, device):
-    """(policy, reference, critic, reward_model), the last one None without --reward_model.
-
-    The critic starts as a copy of the reward model, or without one as a copy of the policy with a
-    head of zeros. With --value_trunk shared it is a head of zeros on the policy's own network.
-    """
+    """(policy, reference, reward_model), the last one None without --reward_model."""
     policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    reward_model = None
-    if args.reward_model:
-        kind = AutoModelForSequenceClassification
-        reward_model, _ = load_pretrained(kind, args.reward_model, num_labels=1)
-    if reward_model is None or args.value_trunk == "shared":
-        kind = AutoModelForSequenceClassification
-        # A language model has no score.weight: that may be missing, and is set here.
-        critic, _ = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
+    check_positions(policy.config, num_positions, "--response_length", args.model)
+    fit_to_tokenizer(policy, tokenizer, all_eos_ids(policy, tokenizer))
+    policy.to(device)
+    check_decoding(policy, num_positions, args.model)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if args.precision == "bf16":
+        to_bf16(reference)
+    if not args.reward_model:
+        return policy, reference, None
+
+    kind = AutoModelForSequenceClassification
+    reward_model, _ = load_pretrained(kind, args.reward_model, num_labels=1)
+    check_positions(reward_model.config, num_positions, "--response_length", args.reward_model)
+    fit_to_tokenizer(reward_model, tokenizer, policy.config.eos_token_id)
+    if args.precision == "bf16":
+        to_bf16(reward_model.base_model)  # Its score head stays in fp32.
+    return policy, reference, reward_model.requires_grad_(False).to(device)
+
+
+def load_critic(args, tokenizer, policy):
+    """The critic: a copy of the reward model, or without one of the policy with a head of zeros.
+
+    With --value_trunk shared it is a head of zeros on the policy's own network.
+    """
+    kind = AutoModelForSequenceClassification
+    starts_as_reward_model = args.reward_model and args.value_trunk == "separate"
+    path = args.reward_model if starts_as_reward_model else args.model
+    # A language model has no score.weight: that may be missing, and is set here.
+    critic, _ = load_pretrained(kind, path, ["score.weight"], num_labels=1)
+    fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
+    if not starts_as_reward_model:
         torch.nn.init.zeros_(critic.score.weight)
         # If --model is only a config, both were random, each in its own way: make them equal.
         critic.base_model.load_state_dict(policy.base_model.state_dict())
-    else:
-        critic = copy.deepcopy(reward_model)
-    if reward_model is not None:
-        reward_model.requires_grad_(False)
-
-    eos = all_eos_ids(policy, tokenizer)
-    for model in (policy, critic, reward_model):
-        if model is not None:
-            check_positions(model.config, num_positions, "--response_length", args.model)
-            fit_to_tokenizer(model, tokenizer, eos)
-            model.to(device)
-    check_decoding(policy, num_positions, args.model)
-    reference = copy.deepcopy(policy).requires_grad_(False)
     if args.value_trunk == "shared":
         # The critic's own network goes; the policy's is put in its place.
         setattr(critic, critic.base_model_prefix, policy.base_model)
-    if args.precision == "bf16":
-        to_bf16(reference)
-        if reward_model is not None:
-            to_bf16(reward_model.base_model)
-    return policy, reference, critic, reward_model
+    return critic.to(policy.device)
 
 
 def sampling_options(args, tokenizer, policy, longest_prompt, allowed):
@@ -893,9 +901,9 @@ def main(args):
     parts = ranks.world_size * args.num_minibatches
     check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
-    policy, reference, critic, reward_model = load_models(
-        args, tokenizer, P + args.response_length, device
-    )
+    num_positions = P + args.response_length
+    policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
+    critic = load_critic(args, tokenizer, policy)
     allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
 
     # Responses are sampled from a copy of the policy, which is in bf16 where asked. It is made
@@ -910,24 +918,25 @@ def main(args):
     if args.compile:
         compile_layers(policy, reference, critic, reward_model)
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
-    actor_critic = ActorCritic(Actor(policy, args.temperature, allowed, logprobs_fn), critic)
-    reference_actor = Actor(reference, args.temperature, allowed, logprobs_fn)
-    train_model = wrap(actor_critic, ranks)
+    actor = Actor(policy, args.temperature, allowed, logprobs_fn)
+    reference = Actor(reference, args.temperature, allowed, logprobs_fn)
+    model = ActorCritic(actor, critic)
+    train_model = wrap(model, ranks)
     optimizer = torch.optim.AdamW(
-        actor_critic.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
+        model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments = RunningMoments()
 
     run = Run(args, ranks, "ppo_rlhf")
-    state = {"model": actor_critic, "optimizer": optimizer}
+    state = {"model": model, "optimizer": optimizer}
     state |= {"controller": controller, "moments": moments}
     done = run.load_checkpoint(state) if args.resume else 0
     num_updates = args.total_episodes // args.batch_size
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
     shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped"]
 
-    for update in progress(done, num_updates, ranks, "ppo_rlhf"):
+    for update in progress(done, num_updates, ranks, run.script):
         # 1. Rollout: sample a response to each prompt.
         watch = Stopwatch(device)
         copy_weights(policy, sampler)
@@ -936,7 +945,7 @@ def main(args):
         watch.lap("time/rollout")
 
         # 2. Score: log-probabilities, values and the score that each response is paid.
-        batch |= score_batch(batch, actor_critic, reference_actor, reward_model, args)
+        batch |= score_batch(batch, model, reference, reward_model, args)
         rows = [row for _, row in batch_prompts]
         texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
         if reward_fn is not None:
@@ -966,10 +975,7 @@ def main(args):
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
         run.log(update, metrics, [*shown, *extra])
         if update % 10 == 0 or update in (1, num_updates):
-            kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
-            columns = {"score": batch["scores"].tolist(), "kl": kl.tolist()}
-            columns |= {"query": [row["prompt"] for row in rows], "response": texts}
-            run.show_samples(update, {name: x[:16] for name, x in columns.items()})
+            run.show_samples(update, sample_columns(batch, rows, texts))
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         if args.save_every and update % args.save_every == 0:

@@ -351,7 +351,7 @@ def main(args):
         metrics = evaluate(scorer, eval_rows, fill_id, args, ranks)
         run.log(0, metrics, shown)
 
-    for step in progress(done, num_steps, ranks, "reward_model"):
+    for step in progress(done, num_steps, ranks, run.script):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]

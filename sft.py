@@ -276,7 +276,7 @@ def main(args):
         metrics = evaluate(model, eval_rows, loss_fn, fill_id, args, ranks)
         run.log(0, metrics, shown)
 
-    for step in progress(done, num_steps, ranks, "sft"):
+    for step in progress(done, num_steps, ranks, run.script):
         # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
         epoch, numbers = next(batches)
         batch = [rows[i] for i in numbers]
