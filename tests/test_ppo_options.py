@@ -28,7 +28,7 @@ from transformers import (
 import ppo_rlhf
 import utils
 from conftest import build_config, write_jsonl
-from ppo_rlhf import Actor, ActorCritic, RunningMoments, load_models
+from ppo_rlhf import Actor, ActorCritic, RunningMoments, load_critic, load_models
 from test_ppo_runs import (
     PAD,
     R,
@@ -91,7 +91,8 @@ def test_shared_trunk_is_one_trunk(request, kind, llama_rm_folder):
         precision="fp32",
         compile=False,
     )
-    policy, reference, critic, reward_model = load_models(args, tokenizer, 12, "cpu")
+    policy, reference, reward_model = load_models(args, tokenizer, 12, "cpu")
+    critic = load_critic(args, tokenizer, policy)
     assert critic.base_model is policy.base_model
     assert critic.base_model is not reference.base_model
     assert not any(parameter.requires_grad for parameter in reference.parameters())
@@ -133,15 +134,15 @@ def test_value_loss_reaches_a_shared_trunk(settings, tmp_path):
     assert not any(gradient.any() for gradient in gradients)
 
     def load(*args):
-        models = load_models(*args)
-        torch.nn.init.normal_(models[2].score.weight)
-        return models
+        critic = load_critic(*args)
+        torch.nn.init.normal_(critic.score.weight)
+        return critic
 
     moves = {}
     for trunk in ("shared", "separate"):
         flags = settings(tmp_path / trunk, "letters", value_trunk=trunk)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ppo_rlhf, "load_models", load)
+            patch.setattr(ppo_rlhf, "load_critic", load)
             # Without advantages, the value loss is all there is.
             patch.setattr(ppo_rlhf, "whiten", lambda x, mask, shift_mean=True: torch.zeros_like(x))
             [(gradients, _)] = watched(None, flags)
@@ -538,11 +539,11 @@ def test_explained_variance_of_nothing_is_nothing(settings, tmp_path, monkeypatc
     """Every return is 1: there is no variance to explain, whatever the critic says."""
 
     def load(*args):
-        models = load_models(*args)
-        torch.nn.init.normal_(models[2].score.weight, std=std)
-        return models
+        critic = load_critic(*args)
+        torch.nn.init.normal_(critic.score.weight, std=std)
+        return critic
 
-    monkeypatch.setattr(ppo_rlhf, "load_models", load)
+    monkeypatch.setattr(ppo_rlhf, "load_critic", load)
     line = lines(run(settings(tmp_path / "run", "one", lam=1.0)))[0]
     assert (line["loss/value_avg"] == pytest.approx(0.5)) == (std == 0)
     assert line["val/explained_var"] == 0.0
