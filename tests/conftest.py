@@ -272,15 +272,15 @@ def gradients_of(rank, script, options):
 
     Returns (gradients of each step and parameter before clipping, batches). batches has one entry
     for each time that the rank's share of some rows was asked for (a step, or an evaluation): the
-    rows that then went to `batch_loss`, where the script has such a function. The options should
-    set max_grad_norm to 0, because clipping happens before the optimizer looks.
+    rows that then went to `micro_batch_loss`, where the script has such a function. The options
+    should set max_grad_norm to 0, because clipping happens before the optimizer looks.
     """
     module = importlib.import_module(script)
     optimizers = []
     batches = []
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
     split_by_length = module.split_by_length
-    batch_loss = getattr(module, "batch_loss", None)
+    micro_batch_loss = getattr(module, "micro_batch_loss", None)
 
     def recorded_optimizer(*args, **kwargs):
         optimizers.append(RecordingSGD(*args, **kwargs))
@@ -292,13 +292,13 @@ def gradients_of(rank, script, options):
 
     def recorded_loss(model, rows, *args, **kwargs):
         batches[-1].extend(rows)
-        return batch_loss(model, rows, *args, **kwargs)
+        return micro_batch_loss(model, rows, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "init_ranks", lambda timeout_minutes: ranks)
         patch.setattr(module, "split_by_length", recorded_split)
-        if batch_loss is not None:
-            patch.setattr(module, "batch_loss", recorded_loss)
+        if micro_batch_loss is not None:
+            patch.setattr(module, "micro_batch_loss", recorded_loss)
         patch.setattr(torch.optim, "AdamW", recorded_optimizer)
         module.main(module.Args(**options))
     return optimizers[0].history, batches

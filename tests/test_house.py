@@ -166,7 +166,7 @@ PARTS = {
     "load_data",
     "load_model",
     "collate",
-    "batch_loss",
+    "micro_batch_loss",
     "evaluate",
 }
 
