@@ -80,8 +80,8 @@ What the helpers from utils.py do, as far as the algorithm needs them:
     encode_prompt                    token ids of a prompt, of text or messages
     head_logits(model, hidden)       the language-model head
     global_batches                   row numbers of each step, in a new order each epoch
-    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
-      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    split_by_length(lengths, size,   this rank's share, every world_size-th row in order of length,
+      ranks)                         in groups of at most `size`; one empty group if it has none
     Means                            exact means by name, over micro-batches and ranks
 """
 
@@ -165,7 +165,7 @@ class Args:
     policy_lr_scale: float = 1.0
     """learning rate of the language model, as a multiple of lr; 0: it stays as it is"""
     max_grad_norm: float = 1.0
-    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
+    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what the transformer computes in; weights, optimizer state, losses, Q and V stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -836,12 +836,8 @@ def main(args):
         )
     train_model = wrap(ilql, ranks)
     heads = [*ilql.v.parameters(), *ilql.qs.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": list(ilql.policy.parameters())}, {"params": heads}],
-        lr=args.lr,
-        weight_decay=0.0,
-        fused=True,
-    )
+    groups = [{"params": list(ilql.policy.parameters())}, {"params": heads}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
     run = Run(args, ranks, "ilql_rlhf")
     state = {"model": ilql, "optimizer": optimizer}
@@ -885,10 +881,11 @@ def main(args):
         clear_gradients(optimizer)
         ilql.update_targets(args.alpha)
 
-        # Log, evaluate, save.
+        # Log, evaluate, save. A saved step is logged too, so that resuming has whole means.
         evaluates = bool(prompts) and (step % args.eval_every == 0 or step == num_steps)
         saves = args.save_every > 0 and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
+            # Asked only here, because asking waits for the device. NaN weights stay NaN.
             if not grad_norm.isfinite():
                 raise UserError(f"step {step}: the gradient is not finite; lower --lr or --beta")
             metrics = means.over_ranks()

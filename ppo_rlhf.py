@@ -150,7 +150,7 @@ class Args:
     """learning rate of the first update, which falls linearly to lr / number of updates in the last
     (for the small task; about 1e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
+    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
     kl_coef: float = 0.05
     """price of one nat of KL to the reference; with --target_kl_nats, its first value"""
     target_kl_nats: float | None = None

@@ -49,8 +49,8 @@ Rules that you might not expect:
 What the helpers from utils.py do, as far as the algorithm needs them:
     encode_pair(prompt, response)    token ids of both and EOS, in one list
     global_batches                   row numbers of each step, in a new order each epoch
-    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
-      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    split_by_length(lengths, size,   this rank's share, every world_size-th row in order of length,
+      ranks)                         in groups of at most `size`; one empty group if it has none
     pack_rows(input_ids, mask)       every row's real tokens moved to the left, and their number
     wrap(model, ranks)               DDP around it, if there are several ranks
     Means                            exact means by name, over micro-batches and ranks
@@ -104,7 +104,7 @@ class Args:
     lr: float = 1e-3
     """learning rate of the first step (for the small task; about 2e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
+    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
     use_margin: bool = True
     """subtract the column margin inside the loss, where the rows have one"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -376,10 +376,11 @@ def main(args):
         optimizer.step()
         clear_gradients(optimizer)
 
-        # Log, evaluate, save.
+        # Log, evaluate, save. A saved step is logged too, so that resuming has whole means.
         evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
         saves = args.save_every > 0 and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
+            # Asked only here, because asking waits for the device. NaN weights stay NaN.
             if not grad_norm.isfinite():
                 raise UserError(f"step {step}: the gradient is not finite; lower --lr")
             metrics = {f"train/{name}": value for name, value in means.over_ranks().items()}

@@ -7,15 +7,15 @@ Each step:
     1. batch    rows of (prompt, completion): the token ids of both joined, one EOS at the end
     2. loss     cross-entropy of each completion token, EOS included, given all tokens before it;
                 the sum over the batch is divided by the number of these tokens on all ranks
-    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
-                in the last
+    3. update   gradients clipped to --max_grad_norm, then Adam; the learning rate falls linearly
+                from lr in the first step to lr / num_steps in the last
 
 One process:    python sft.py
 Eight GPUs:     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M \
                     --dataset my_rows.jsonl --batch_size 64 --lr 2e-5
 
-Shapes: B rows in a micro-batch, T tokens, V vocabulary, L last positions, of which logits are
-computed.
+Shapes: B rows in a micro-batch, T tokens, V vocabulary; L the last positions, the only ones that
+logits are computed for.
 
 Rows are padded on the right with more EOS tokens. Causal attention never looks ahead, so the real
 tokens cannot see the padding: there is no attention mask, positions count from 0, and the padding
@@ -26,11 +26,11 @@ Rules that you might not expect:
       prompt; its first token has no loss, because nothing stands before it.
     - Each assistant turn of a conversation becomes a row of its own, whose prompt is all that was
       said before.
-    - Prompt and completion are tokenised apart, and EOS is added to the completion. A completion
-      that holds an EOS already ends at its first one.
+    - Prompt and completion are tokenised separately, and EOS is added to the completion. If it
+      contains an EOS already, everything after the first one is dropped.
     - A row longer than --max_length is dropped, never cut, because a cut row would teach the model
       not to end. How many were dropped is printed.
-    - A completion token counts the same whatever row, micro-batch or rank it is in.
+    - Within a step a completion token counts the same whatever row, micro-batch or rank it is in.
     - Without --eval_dataset one row in twenty is held out, drawn by the seed, and exact copies of
       these rows are not trained on either.
     - Held-out rows are evaluated before the first step, every --eval_every steps, and at the end.
@@ -42,8 +42,8 @@ Rules that you might not expect:
 What the helpers from utils.py do, as far as the algorithm needs them:
     encode_prompt, encode_response   token ids of the two; the response ends with EOS
     global_batches                   row numbers of each step, in a new order each epoch
-    split_by_length(lengths, size,   row numbers sorted by length, every world_size-th of them for a
-      ranks)                         rank, in groups of at most `size`; at least one, maybe empty
+    split_by_length(lengths, size,   this rank's share, every world_size-th row in order of length,
+      ranks)                         in groups of at most `size`; one empty group if it has none
     wrap(model, ranks)               DDP around it, if there are several ranks
     Means                            exact means by name, over micro-batches and ranks
 """
@@ -73,7 +73,7 @@ from utils import split_by_length, to_device, wrap
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """the model to train: a Hub name or a folder; of a folder that holds only a config, the weights
+    """the model to train: a Hub name or a folder; if the folder holds only a config, the weights
     are random"""
     dataset: str = "data/randomwalks/demonstrations.jsonl"
     """rows with prompt+completion, text, or messages: a .json, .jsonl or .parquet file, a folder of
@@ -99,7 +99,7 @@ class Args:
     lr: float = 1e-3
     """learning rate of the first step (for the small task; about 2e-5 for a pretrained model)"""
     max_grad_norm: float = 1.0
-    """scale gradients down to this norm, over all parameters, where theirs is larger; 0: never"""
+    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what forward and backward compute in; weights, optimizer state and the loss stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -162,6 +162,7 @@ def load_demonstrations(path, tokenizer, args, max_rows=None):
                 # Ends with EOS. The prompt is needed only to render a conversation.
                 completion_ids = encode_response(tokenizer, prompt, completion)
                 labels = [-100] * len(prompt_ids) + completion_ids
+                labels[0] = -100  # Nothing stands before the first token that could predict it.
                 rows.append({"input_ids": prompt_ids + completion_ids, "labels": labels})
         except Exception as error:  # Chat templates refuse conversations in many ways.
             raise UserError(f"{path}: row {number}: {error}") from error
@@ -284,7 +285,7 @@ def main(args):
         groups = split_by_length(lengths, args.micro_batch_size, ranks)
 
         # 2. Loss: the sum over all ranks divided by their number of completion tokens.
-        num_tokens = max(sum(label != -100 for row in batch for label in row["labels"][1:]), 1)
+        num_tokens = max(sum(label != -100 for row in batch for label in row["labels"]), 1)
         for i, group in enumerate(groups):
             # With several ranks, DDP exchanges gradients in the last backward only.
             train_model.require_backward_grad_sync = i + 1 == len(groups)
@@ -304,10 +305,11 @@ def main(args):
         optimizer.step()
         clear_gradients(optimizer)
 
-        # Log, evaluate, save.
+        # Log, evaluate, save. A saved step is logged too, so that resuming has whole means.
         evaluates = bool(eval_rows) and (step % args.eval_every == 0 or step == num_steps)
         saves = args.save_every > 0 and step % args.save_every == 0
         if step % args.log_every == 0 or evaluates or saves or step == num_steps:
+            # Asked only here, because asking waits for the device. NaN weights stay NaN.
             if not grad_norm.isfinite():
                 raise UserError(f"step {step}: the gradient is not finite; lower --lr")
             metrics = {f"train/{name}": value for name, value in means.over_ranks().items()}
