@@ -602,10 +602,10 @@ def assert_slow_responses(responses, ilql, uniforms, beta, temperature, allowed)
 def test_generate_steered_is_the_slow_loop(folder, beta, temperature):
     ilql = build(folder)
     uniforms = uniform(4, 10, seed=3)
-    for extra in (0, 4):
-        options = {"temperature": temperature, "stop_ids": STOPS}
-        responses = sample(ilql, uniforms, beta, extra=extra, **options)
-        assert_slow_responses(responses, ilql, uniforms, beta, temperature, ALLOWED)
+    options = {"temperature": temperature, "stop_ids": STOPS}
+    responses = sample(ilql, uniforms, beta, **options)
+    assert_slow_responses(responses, ilql, uniforms, beta, temperature, ALLOWED)
+    assert torch.equal(sample(ilql, uniforms, beta, extra=4, **options), responses)
 
 
 @pytest.mark.slow
@@ -628,7 +628,7 @@ def test_beta_zero_decodes_as_the_behaviour_policy(folder, temperature):
     """The tokens that PPO's sampler draws from the plain language model with the same uniforms."""
     ilql = build(folder)
     queries, query_mask = utils.left_pad(QUERIES, 7, PAD, CPU)
-    for seed in range(3):
+    for seed in range(2):
         uniforms = uniform(4, 12, seed=seed)
         expected = ppo_rlhf.generate(
             ilql.policy, queries, query_mask, uniforms, temperature, [EOS], PAD, allowed=ALLOWED
