@@ -9,8 +9,8 @@ Each step:
     2. loss     -log sigmoid(score of chosen - score of rejected - margin): the model of Bradley and
                 Terry; the mean over all pairs of the batch, on all ranks. The score is a linear
                 head on the hidden state of a sequence's last real token
-    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
-                in the last
+    3. update   gradients clipped to --max_grad_norm, then Adam; the learning rate falls linearly
+                from lr in the first step to lr / num_steps in the last
 At the end, if there are demonstrations:
     4. centre   their mean score goes into the config as `score_mean`, and `score_head` subtracts it
                 from then on: a score of 0 means "like the average demonstration"
@@ -30,14 +30,15 @@ Rules that you might not expect:
       sequence, never by its ids.
     - The head starts at N(0, 1/(d + 1)) and has no bias, because AutoModelForSequenceClassification
       has none. A model that has a head already, such as another reward model, keeps it.
-    - Where a row has no prompt, or a text beside conversations, each side is taken to be the whole
-      conversation, whose last message is the response.
+    - A row without `prompt` must contain it in both sides. If the sides are conversations (lists of
+      messages), their last message is the response; a `prompt` that is a text is ignored then.
     - A pair with a side longer than --max_length is dropped, never cut, and so is a demonstration.
       How many were dropped is printed.
-    - The column `margin`, in units of the score, is subtracted inside the loss alone. The metrics
-      rm/accuracy and rm/margin are about the difference of the scores without it; a tie counts as
-      half in the accuracy.
-    - `score_mean` is 0 during training. The loss would not notice a constant added to all scores.
+    - The column `margin`, in units of the score, is subtracted in the loss. The metric rm/loss
+      includes it; rm/accuracy and rm/margin do not, and a tie counts as half in the accuracy.
+    - `score_mean` is 0 during training, also for a reward model that had another: the loss would
+      not notice a constant added to all scores. The library's own forward does not subtract it;
+      `last_token_scores` does.
     - Without --eval_dataset one row in twenty is held out, drawn by the seed, and exact copies of
       these rows are not trained on either.
     - Held-out pairs are evaluated before the first step, every --eval_every steps, and at the end.
@@ -166,7 +167,7 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 class Scorer(torch.nn.Module):
-    """`last_token_scores` as a module, so that DDP can wrap the forward of the loss."""
+    """A module whose forward is `last_token_scores`, because DDP wraps the forward of a module."""
 
     def __init__(self, model):
         super().__init__()
@@ -208,7 +209,7 @@ def load_comparisons(path, tokenizer, args, max_rows=None):
 
 
 def pair_length(row):
-    """Tokens of the longer side of a pair."""
+    """The number of tokens of the longer side of a pair."""
     return max(len(row["chosen"]), len(row["rejected"]))
 
 
@@ -255,9 +256,9 @@ def micro_batch_loss(scorer, rows, means, fill_id, device):
     """The summed loss of a micro-batch of pairs, 0-d; adds what is logged to `means`."""
     has_rows = len(rows) > 0
     if not has_rows:
-        # A rank without rows still takes part, with a pair that counts 0: the others wait for it.
+        # A rank without rows takes part with a pair that does not count: the others wait for it.
         rows = [{"chosen": [fill_id], "rejected": [fill_id], "margin": 0.0}]
-    counts = torch.full((len(rows),), has_rows, device=device)
+    is_real = torch.full((len(rows),), has_rows, device=device)
 
     sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     batch = to_device(collate(sequences, fill_id), device)
@@ -267,8 +268,8 @@ def micro_batch_loss(scorer, rows, means, fill_id, device):
 
     difference = chosen_scores - rejected_scores
     accuracy = 0.5 + 0.5 * torch.sign(difference)
-    means.add({"rm/loss": losses, "rm/accuracy": accuracy, "rm/margin": difference}, counts)
-    return (losses * counts).sum()
+    means.add({"rm/loss": losses, "rm/accuracy": accuracy, "rm/margin": difference}, is_real)
+    return torch.where(is_real, losses, 0).sum()
 
 
 @torch.no_grad()
@@ -290,10 +291,10 @@ def mean_score(scorer, sequences, fill_id, args, ranks):
     lengths = [len(ids) for ids in sequences]
     for group in split_by_length(lengths, 2 * args.micro_batch_size, ranks):
         part = [sequences[i] for i in group] or [[fill_id]]
-        counts = torch.full((len(part),), len(group) > 0, device=ranks.device)
+        is_real = torch.full((len(part),), len(group) > 0, device=ranks.device)
         batch = to_device(collate(part, fill_id), ranks.device)
         with autocast(args, ranks.device):
-            means.add({"score": scorer(**batch)}, counts)
+            means.add({"score": scorer(**batch)}, is_real)
     return means.over_ranks()["score"]
 
 
@@ -304,13 +305,12 @@ def check_flags(args):
     check_at_least(args, 1, "log_every", "eval_every")
 
 
-def load_model(args, tokenizer, rows):
-    """The model with its score head, refused if a side is longer than it has positions."""
+def load_model(args, tokenizer, longest):
+    """The model with its score head; a UserError if it has fewer than `longest` positions."""
     kind = AutoModelForSequenceClassification
     model, missing = load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
-    longest = max(pair_length(row) for row in rows)
     check_positions(model.config, longest, "--max_length", args.model)
-    if missing:
+    if missing:  # The names of weights that the folder lacks.
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     fit_to_tokenizer(model, tokenizer)
     model.config.score_mean = 0.0
@@ -330,7 +330,9 @@ def main(args):
     ranks = init_ranks(args.timeout_minutes)
     check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
-    model = load_model(args, tokenizer, rows + eval_rows).to(ranks.device)
+    longest = max(pair_length(row) for row in rows + eval_rows)
+    longest = max([longest, *(len(ids) for ids in demonstrations)])
+    model = load_model(args, tokenizer, longest).to(ranks.device)
     scorer = Scorer(model)
     train_model = wrap(scorer, ranks)
     optimizer = torch.optim.AdamW(

@@ -352,7 +352,9 @@ def test_the_gradient_is_that_of_the_mean_over_pairs(use_margin, options, tokeni
     pairs = encode(ROWS, tokenizer, use_margin=use_margin)
     gradients, metrics = expected_step(options["model"], pairs)
     assert_same_gradients(history, [gradients])
-    before, line = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
+    lines = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1]
+    before, line = lines
     logged = {name: line[f"train/rm/{name}"] for name in metrics}
     assert logged == pytest.approx(metrics, rel=1e-4)
     held_out = {f"eval/rm/{name}": value for name, value in metrics.items()}

@@ -208,8 +208,9 @@ def test_labels_begin_one_before_the_first_that_is_wanted():
 
 
 @pytest.mark.fast
-def test_text_rows_carry_loss_everywhere(tokenizer, encode):
-    assert encode([{"text": "abc"}], tokenizer) == [([2, 3, 4, EOS], [2, 3, 4, EOS])]
+def test_text_rows_carry_loss_everywhere_but_on_their_first_token(tokenizer, encode):
+    """Nothing stands before it that could predict it."""
+    assert encode([{"text": "abc"}], tokenizer) == [([2, 3, 4, EOS], [-100, 3, 4, EOS])]
 
 
 @pytest.mark.fast
@@ -462,7 +463,9 @@ def test_held_out_rows_are_evaluated_before_the_first_step(options, tokenizer, e
 
 def test_lr_zero_changes_nothing_and_held_out_loss_is_the_same_mean(options, dataset, gpt2_folder):
     options |= {"lr": 0.0, "batch_size": 11, "micro_batch_size": 3, "eval_dataset": dataset}
-    before, after = train(options)
+    lines = train(options)
+    assert [line["step"] for line in lines] == [0, 1]
+    before, after = lines
     assert after["eval/sft/loss"] == before["eval/sft/loss"]
     assert after["eval/sft/loss"] == pytest.approx(after["train/sft/loss"], rel=1e-5)
     given = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
@@ -472,7 +475,8 @@ def test_lr_zero_changes_nothing_and_held_out_loss_is_the_same_mean(options, dat
 
 def test_the_logged_loss_of_several_steps_is_the_mean_over_their_tokens(options, dataset):
     """Not the mean of the steps' means: the batches hold unequal numbers of tokens."""
-    _, line = train(options | {"lr": 0.0, "log_every": 3, "eval_dataset": dataset})
+    lines = train(options | {"lr": 0.0, "log_every": 3, "eval_dataset": dataset})
+    line = lines[-1]
     assert line["train/sft/loss"] == pytest.approx(line["eval/sft/loss"], rel=1e-5)
 
 
