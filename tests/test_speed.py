@@ -168,7 +168,7 @@ def test_workloads_and_what_replaces_their_sizes():
     assert (chat.batch, chat.micro_batch, chat.epochs) == (64, 16, 4)
     assert (chat.prompt, chat.response, chat.chat) == (128, 64, True)
     smollm2 = shapes.workload("chat", "smollm2-135m", epochs=2)
-    assert (smollm2.batch, smollm2.micro_batch, smollm2.epochs) == (16, 16, 2)
+    assert (smollm2.batch, smollm2.micro_batch, smollm2.epochs) == (16, 4, 2)
     assert shapes.workload("ppo", TINY, batch=8).micro_batch == 8
 
 

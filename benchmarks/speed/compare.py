@@ -7,7 +7,8 @@
     reward_model   a step of reward_model.py against TRL 1.16.0's RewardTrainer, 64 pairs
     chat           an update of PPO with chat-like lengths: prompts have a median of 30 tokens and
                    at most 128, responses end with probability 1/30 a token and have at most 64; 64
-                   rows in micro-batches of 16, four epochs. For SmolLM2 16 rows and one epoch
+                   rows in micro-batches of 16, four epochs. For SmolLM2 16 rows in micro-batches
+                   of 4, one epoch
 
     bash benchmarks/speed/peers.sh    # Once: the peers' environments, under .peers/.
     python benchmarks/speed/compare.py --output benchmarks/results/speed/compare.json

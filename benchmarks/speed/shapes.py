@@ -51,13 +51,14 @@ class Workload:
 def workload(part, model, **sizes):
     """The workload of a part of compare.py for a model, with the sizes that are not None replaced.
 
-    SmolLM2 gets smaller ones, because a CPU takes a minute for one of its updates.
+    SmolLM2 gets smaller ones: a CPU takes a minute for one of its updates, and TRL's trainer and
+    ours have to fit into 24 GiB side by side.
     """
     work = Workload(part, model)
     if part == "chat":
         work = replace(work, chat=True, micro_batch=16, prompt=128, response=64)
     if model == "smollm2-135m":
-        work = replace(work, batch=16, micro_batch=16, epochs=1)
+        work = replace(work, batch=16, micro_batch=4, epochs=1)
     given = {name: size for name, size in sizes.items() if size is not None}
     for name, size in given.items():
         if size < 1:
