@@ -10,9 +10,12 @@ import importlib
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM
 
 import ppo_rlhf
+import utils
 from conftest import (
+    FAMILIES,
     assert_same_gradients,
     build_folder,
     gradients_of,
@@ -86,6 +89,30 @@ def test_two_compiled_ranks_are_one_that_is_not(backend, script, long_run, on_tw
     for history, counts in answers:
         assert_same_gradients(history, eager)
         assert_compiled_early(counts)
+
+
+WINDOWED = [x for x in FAMILIES if x.model_type in ("gpt2", "mistral", "gemma3_text")]
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
+def test_the_decoding_step_is_compiled_once(config):
+    """At every position, also where a layer's window is shorter than the row."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    queries, query_mask = utils.left_pad([[5], [6, 7, 8, 9, 10, 11]], 6, 0, "cpu")
+    uniforms = torch.rand(2, 8)
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    responses = []
+    for step in (
+        ppo_rlhf.decode_step,
+        torch.compile(ppo_rlhf.decode_step, backend=counter, fullgraph=True),
+    ):
+        responses.append(
+            ppo_rlhf.generate(policy, queries, query_mask, uniforms, 1.0, [99], 0, step=step)
+        )
+    assert torch.equal(responses[0], responses[1])
+    assert counter.frame_count == 1
 
 
 def test_ppo_through_the_usual_backend(long_run, tmp_path, tokenizer):
