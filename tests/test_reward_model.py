@@ -530,6 +530,16 @@ def test_sides_of_more_tokens_than_the_model_has_positions_are_refused(options, 
     refuses(capsys, "reward_model", options, match)
 
 
+def test_demonstrations_of_more_tokens_than_the_model_has_positions_are_refused(
+    options, tmp_path, capsys
+):
+    """Before the training, at whose end they would be scored."""
+    rows = [{"prompt": "a", "completion": "c" * 63}]
+    options["demonstrations"] = write_jsonl(tmp_path / "long.jsonl", rows)
+    match = "--max_length: 65 tokens are more than the 64 positions of"
+    refuses(capsys, "reward_model", options, match)
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(options):
     with pytest.raises(utils.UserError, match="step 2: the gradient is not finite; lower --lr"):
         reward_model.main(reward_model.Args(**options | {"lr": 1e30}))
