@@ -3,38 +3,40 @@ r"""ILQL, implicit language Q-learning: offline RL from rated text, without samp
 Snell et al. 2022, "Offline RL for natural language generation with implicit language Q-learning";
 Kostrikov et al. 2021, "Offline reinforcement learning with implicit Q-learning" (IQL).
 
+One language model is the behaviour policy pi_beta: it imitates the data. Small networks on its last
+hidden state are the value function V, two Q functions, and for each Q a target, which is a slow
+copy of it. A state is a text so far, and an action is the next token that the agent says.
+
 Each step:
-    1. batch    rows of (prompt, completion, reward) or rated dialogues; each token that the agent
-                says is an action
-    2. loss     one language model is the behaviour policy pi_beta; small networks on its last
-                hidden state are the value function, two Q functions, and a target for each Q, which
-                is a slow copy of it. For each action:
-                q       (reward + gamma * value of the next state - Q)^2
-                v       expectile regression of the value on the smaller target Q: with tau near 1,
-                        the value is nearly the best target Q among the actions in the data
+    1. batch    rows of (prompt, completion, reward), or rated dialogues
+    2. loss     for each action of the batch:
+                q       (reward + gamma * V of the next state - Q)^2
+                v       expectile regression of V on the smaller target Q: with tau near 1, V is
+                        nearly the best target Q among the actions in the data
                 cql     cross-entropy of softmax(Q) at the action, which keeps Q low elsewhere
-                awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - value))
+                awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
                 total   q + v + cql_weight * cql + awac_weight * awac
-                All are sums over actions, divided by the number of actions on all ranks.
-    3. update   Adam; the learning rate falls linearly from lr in the first step to lr / num_steps
-                in the last. Then target = alpha * online + (1 - alpha) * target
-    evaluate    sample token by token from softmax(log pi_beta + steering * (target Q - value)),
-                once for each steering strength of --eval_betas. At strength 0 this is pi_beta
-                itself
+                Each is summed over the actions and divided by their number on all ranks
+    3. update   the gradient is clipped to the norm --max_grad_norm, and Adam takes a step. The
+                learning rate falls linearly from lr in the first step to lr / num_steps in the
+                last. Then target = alpha * Q + (1 - alpha) * target
+To evaluate: sample token by token from softmax(log pi_beta + strength * (target Q - V)), once for
+each steering strength of --eval_betas. At strength 0 this is pi_beta itself.
 
 One process:    python ilql_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model \
                     --dataset my_rated.jsonl --batch_size 64 --lr 1e-4
 
-Shapes: B rows in a micro-batch, T tokens, A actions, V vocabulary, d width.
+Shapes. B rows in a micro-batch; T tokens in the longest of them; A actions in the row that has the
+most; V vocabulary; d hidden width.
 
-Names: `policy` is the language model pi_beta. `vs` are values; in shapes, V is the vocabulary. The
-flag --beta is the exponent of AWAC's weight; the `beta` of `steer` is the steering strength of
---eval_betas. The two have nothing to do with each other.
+Names. `policy` is the language model pi_beta, and `vs` are values. The paper's letter beta stands
+for two things: the flag --beta is the exponent in AWAC's weight, and the argument `beta` of `steer`
+and of sampling is the steering strength, one of --eval_betas. They are unrelated.
 
 How a row becomes states and actions. State i is the text up to and including token i, and its
-action is token i + 1. Eight tokens of a dialogue, where "|" is EOS and the agent says "x|" and then
-"y|":
+action is token i + 1. Here are eight tokens of a dialogue, in which "|" is EOS and the agent says
+"x|" and then "y|":
 
     token index     0     1     2     3     4     5     6     7
     token           u     :     x     |     v     :     y     |
@@ -46,46 +48,46 @@ action is token i + 1. Eight tokens of a dialogue, where "|" is EOS and the agen
     next states     2     5     6     none
     terminal        False False False True
 
-State 1 is "u:" and state 5 is "u:x|v:". A turn's reward is paid for its last token; if there is
-only one reward for the dialogue, r1 is 0. After a turn, the next state is the one in which the
-agent acts next; what the user says is skipped. After the last action there is none, and its value
-counts as 0. Column j of a (B,A) tensor is a row's action j; input_ids end before the last action.
+State 1 is "u:" and state 5 is "u:x|v:". A turn's reward is paid for its last token. If there is
+only one reward for the dialogue, it is r2, and r1 is 0. After a turn, the next state is the one in
+which the agent acts next; what the user says is skipped. After the last action there is no next
+state, and its value counts as 0. Column j of a (B,A) tensor is action j of each row.
 
-Rules that you might not expect:
+Data
     - What the user says, what the chat template writes around turns, and assistant turns inside a
       `prompt` are not actions. The EOS that ends a turn is one.
-    - Both Qs are trained, and their q and cql losses are added. Wherever one Q is needed (in the
-      value's loss, in AWAC's weight, in decoding), it is the smaller of the two targets.
-    - No gradient flows into targets, into the next state's value, or into AWAC's weight, which is
-      not clipped. The gradients of q, v and cql reach the language model, as AWAC's does, unless
-      --policy_lr_scale is 0: then value and Qs alone are trained.
-    - The last layers of value and Qs start at 0, so nothing random is bootstrapped or steers at
-      first.
-    - The paper trains three language models and divides AWAC by all tokens. Here there is one, and
-      AWAC is divided by the number of actions.
-    - Rows are padded on the right with more EOS. Causal attention never looks ahead, so there is no
-      attention mask, and positions count from 0. Padded actions have mask False and no loss.
-    - A row longer than --max_length is dropped, never cut, and how many were is printed. A
-      completion that holds an EOS ends at its first one.
-    - Models are loaded in fp32 and without dropout. Under --precision bf16 only the language model
-      computes in bf16: values, Qs and losses are in fp32.
-    - Samples are drawn before the first step, every --eval_every steps, and at the end, if there is
-      a reward function or a reward model to score them. They come from a copy of the model, made in
-      bf16 (its language model) under --precision bf16. The pad and ids without a token are never
-      sampled.
-    - With --compile, which is the default on CUDA, each transformer layer, `ilql_loss` and the
-      decoding step after the prompt are compiled, and nothing else is.
-
-What the helpers from utils.py do, as far as the algorithm needs them:
-    encode_prompt                    token ids of a prompt, of text or messages
-    head_logits(model, hidden)       the language-model head
-    global_batches                   row numbers of each step, in a new order each epoch
-    split_by_length(lengths, size,   this rank's share, every world_size-th row in order of length,
-      ranks)                         in groups of at most `size`; one empty group if it has none
-    Means                            exact means by name, over micro-batches and ranks
+    - A row with more than --max_length tokens is left out, never cut. The number of such rows is
+      printed. A completion that contains EOS ends at the first one.
+    - Rows are padded on the right with more EOS. Causal attention never looks ahead, so no real
+      token sees the padding, and the model needs neither an attention mask nor position ids. Padded
+      actions have mask False and no loss.
+Loss
+    - Both Qs are trained, and their q and cql losses are added. Wherever a single Q is needed (in
+      the loss of V, in AWAC's weight, in decoding) it is the smaller of the two targets.
+    - No gradient flows into the targets, into V of the next state, or into AWAC's weight, which is
+      not clipped. The gradients of q, v, cql and awac all reach the language model. With
+      --policy_lr_scale 0 it is frozen.
+    - The last layers of V and the Qs start at 0, so that nothing random is bootstrapped or steers
+      at first.
+    - The paper trains three language models and divides AWAC by all tokens. Here there is one
+      language model, and AWAC is divided by the number of actions.
+    - All ranks draw the same batch. It is sorted by length, and with n ranks, rank r takes the rows
+      r, r + n, r + 2n and so on. The ranks add up their gradients before the norm is clipped; a
+      rank that gets no row of a small last batch adds zeros.
+Sampling
+    - Samples are drawn before the first step, every --eval_every steps, and after the last, if
+      there is a reward function or a reward model to score them. They are drawn from a copy of the
+      model. The pad token and ids that have no token are never sampled.
+Precision
+    - Models are loaded in fp32 and without dropout. With --precision bf16 only the language model
+      computes in bf16, and that of the copy to sample from is rounded to bf16. V, Qs, losses,
+      trained weights and optimizer state are fp32.
+    - --compile compiles each transformer layer, `ilql_loss`, and the decoding step after the
+      prompt. It is the default on CUDA.
 """
 
 import copy
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -98,91 +100,88 @@ import tyro
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from utils import Means, Run, UserError, allowed_ids, autocast, call_reward_fn, check_above_zero
-from utils import check_at_least, check_decoding, check_divides, check_positions
-from utils import check_same_tokenizer, check_shared_flags, compile_layers, copy_weights
-from utils import clear_gradients, encode_prompt, fit_to_tokenizer, global_batches, head_logits
-from utils import init_ranks, launch, left_pad, load_function, load_pretrained, load_prompts
-from utils import load_rows, load_tokenizer, pack_rows, pad_right, progress, resolve_args
-from utils import save_pretrained, seeded, split_by_length, static_cache, to_bf16, to_device, wrap
+import utils
+from utils import UserError
 
 
 @dataclass
 class Args:
     model: str = "data/randomwalks/model"
-    """the model to train: a Hub name or a folder, preferably of an sft.py run; of a folder that
+    """the model to train, a Hub name or a folder, preferably of a run of sft.py; if the folder
     holds only a config, the weights are random"""
     dataset: str = "data/randomwalks/rated.jsonl"
     """rows with prompt+completion+reward, or messages+reward; for messages the reward may also be a
     list, one for each assistant turn"""
     eval_dataset: str | None = None
-    """rows with prompt to sample from; their other columns reach --reward_fn; none: prompts.jsonl
-    beside --dataset"""
+    """rows with a column `prompt` to sample from; their other columns are passed to --reward_fn. If
+    not given: prompts.jsonl beside --dataset"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns) that scores the samples; if neither
-    this nor --reward_model is given, the default dataset has its own, and others are not sampled
-    from"""
+    """a function that scores the samples: path/to/file.py:function(prompts, responses, **columns).
+    If neither this nor --reward_model is given: that of the default dataset, and no samples are
+    drawn for other datasets"""
     reward_model: str | None = None
     """a reward model that scores the samples instead; like --reward_fn it is never trained on"""
     max_rows: int | None = None
-    """use only this many rows, the first ones, of --dataset; none: all rows"""
+    """use only the first max_rows rows of --dataset. If not given: all rows"""
     output_dir: str | None = None
-    """the run folder, which must not exist yet; none: runs/ilql_rlhf__<seed>__<time>"""
+    """the run folder, which must not exist yet. If not given: runs/ilql_rlhf__<seed>__<time>"""
     seed: int = 1
-    """seeds the new weights, the order of the rows and the sampling"""
+    """decides the new weights, the order of the rows and the sampling"""
     num_epochs: int = 20
     """passes over the rows"""
     num_steps: int | None = None
-    """optimizer steps in all; none: as many as num_epochs passes take"""
+    """optimizer steps in all. If not given: as many as num_epochs passes take"""
     batch_size: int = 100
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 100
-    """rows per forward and backward on one rank: saves memory and does not change the objective"""
+    """rows per forward and backward on one rank. Fewer rows need less memory, contain less padding,
+    and do not change the result"""
     max_length: int = 512
-    """tokens of a row; longer rows are dropped, and how many is printed"""
+    """the most tokens of a row; longer rows are left out and counted on the screen"""
     normalize_rewards: bool = False
-    """subtract the mean of the data set's rewards and divide by their standard deviation"""
+    """subtract the mean of the dataset's rewards and divide by their standard deviation"""
     num_qs: Literal[1, 2] = 2
     """Q functions; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """ids: Q's last layer has weights of its own for each id; embeddings: it is a frozen copy of
-    the language-model head, so that similar ids share what is learned, for large vocabularies, with
-    --lr 2e-4"""
+    """ids: Q's last layer has weights of its own for each id. embeddings: that layer is a frozen
+    copy of the language-model head, so that similar ids share what is learned; for large
+    vocabularies, with --lr 2e-4"""
     tau: float = 0.8
-    """expectile, above 0 and at most 1: at 0.5 the value is the mean of target Q over the data"""
+    """expectile, above 0 and at most 1: at 0.5, V is the mean of target Q over the data"""
     gamma: float = 0.99
     """discount per action, above 0 and at most 1"""
     beta: float = 0.0
-    """exponent of AWAC's weight, per unit of reward; 0: every action weighs 1 in the AWAC loss"""
+    """exponent of AWAC's weight, per unit of reward; at 0 every action weighs 1 in the AWAC loss"""
     cql_weight: float = 0.03
     """weight of the CQL loss"""
     awac_weight: float = 1.0
     """weight of the AWAC loss"""
     alpha: float = 0.03
-    """the online Q's share in its target's next value, after every step; above 0 and at most 1"""
+    """the share of Q in its target's next value, after every step; above 0 and at most 1"""
     lr: float = 1e-3
-    """learning rate of the first step (for the small task; about 1e-4 for a pretrained model)"""
+    """learning rate of the first step. The default suits the small task; a pretrained model needs
+    about 1e-4"""
     policy_lr_scale: float = 1.0
-    """learning rate of the language model, as a multiple of lr; 0: it stays as it is"""
+    """learning rate of the language model as a multiple of lr; at 0 it is frozen"""
     max_grad_norm: float = 1.0
-    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
+    """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
-    """what the transformer computes in; weights, optimizer state, losses, Q and V stay fp32"""
+    """what the language model computes in; weights, optimizer state, losses, Qs and V stay fp32"""
     compile: bool = torch.cuda.is_available()
     """compile each transformer layer, the loss and the decoding step"""
     eval_betas: tuple[float, ...] = (0.0, 1.0, 100.0)
     """steering strengths to sample with, per unit of reward; 0 is pi_beta"""
     eval_every: int = 100
-    """steps between two evaluations; there is one before the first step and one at the end"""
+    """steps between two evaluations; there is one before the first step and one after the last"""
     eval_samples: int = 200
-    """responses at each beta, over all ranks, spread evenly over the prompts"""
+    """responses at each steering strength, over all ranks, spread evenly over the prompts"""
     response_length: int = 10
-    """tokens of a sample at most, EOS included; prompts longer than max_length - response_length
-    are left out, and how many is printed"""
+    """the most tokens of a sample, EOS included; prompts longer than max_length - response_length
+    are left out and counted on the screen"""
     log_every: int = 20
     """steps between two lines of metrics"""
     save_every: int = 0
-    """steps between two checkpoints to resume from; 0: none"""
+    """steps between two checkpoints to resume from; 0: no checkpoints"""
     resume: str | None = None
     """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
@@ -332,17 +331,12 @@ class ILQL(torch.nn.Module):
         """qs, target_qs, vs and logits at the states (B,A), which are token indices."""
         hidden = self.policy.base_model(input_ids, use_cache=False).last_hidden_state
         hidden = hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
-        return {**self.values(hidden), "logits": head_logits(self.policy, hidden)}
+        return {**self.values(hidden), "logits": utils.head_logits(self.policy, hidden)}
 
-    def steered_logits(self, hidden, beta, allowed=None, temperature=1.0):
-        """The steered policy's logits (B,V) at hidden states (B,d).
-
-        The temperature divides the logits of pi_beta before they are steered.
-        """
-        logits = head_logits(self.policy, hidden).float() / temperature
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -math.inf)
+    def steered_logits(self, hidden, beta):
+        """The steered policy's logits (B,V) at hidden states (B,d)."""
         values = self.values(hidden)
+        logits = utils.head_logits(self.policy, hidden)
         return steer(logits, values["target_qs"], values["vs"], beta)
 
     @torch.no_grad()
@@ -363,7 +357,7 @@ class ILQL(torch.nn.Module):
 
 def load_ilql(path):
     """The module that a run left in its folder `model`, ready for `generate_steered`."""
-    policy, _ = load_pretrained(AutoModelForCausalLM, path)
+    policy, _ = utils.load_pretrained(AutoModelForCausalLM, path)
     config = json.loads(Path(path, "ilql_config.json").read_text())
     ilql = ILQL(policy, **config)
     heads = load_file(Path(path, "ilql_heads.safetensors"))
@@ -386,7 +380,7 @@ def last_token_scores(model, input_ids, attention_mask):
     attention_mask (N,T): which tokens are real, whatever side the padding is on and whatever ids it
     holds, because the sequences are packed to the left first.
     """
-    input_ids, lengths = pack_rows(input_ids, attention_mask)
+    input_ids, lengths = utils.pack_rows(input_ids, attention_mask)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
     rows = torch.arange(len(lengths), device=lengths.device)
     return score_head(model, hidden[rows, lengths - 1])
@@ -419,13 +413,9 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
 
 
 def steered_decode_step(ilql, tokens, uniforms, beta, temperature, allowed, **inputs):
-    """Feed tokens (B,n) and sample the next one, (B,); inputs: cache, mask and positions."""
-    output = ilql.policy.base_model(tokens, use_cache=True, **inputs)
-    hidden = output.last_hidden_state[:, -1]
-    if temperature == 0:
-        return ilql.steered_logits(hidden, beta, allowed).argmax(-1)
-    logits = ilql.steered_logits(hidden, beta, allowed, temperature)
-    return sample_tokens(logits, uniforms, temperature=1.0)  # It has been applied already.
+    """Feed tokens (B,n) and sample the next one, (B,). inputs: positions, mask and cache."""
+    hidden = ilql.policy.base_model(tokens, use_cache=True, **inputs).last_hidden_state[:, -1]
+    return sample_tokens(ilql.steered_logits(hidden, beta), uniforms, temperature, allowed)
 
 
 @torch.no_grad()
@@ -436,49 +426,48 @@ def generate_steered(
     """Sample a response (B,R) to each prompt; a row is pad_id after its first stop id.
 
     queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
-    the randomness there is. allowed (V,) bool: ids that may be sampled. step: `steered_decode_step`
-    or its compiled version. cache: of P + R slots, to be reused.
+    the randomness there is. beta: the steering strength. allowed (V,) bool: ids that may be
+    sampled. The temperature divides the steered logits. step: `steered_decode_step` or its compiled
+    version. cache: one with a slot for each of the P + R tokens, to be used again.
     """
     B, P = queries.shape
     R = uniforms.shape[1]
     if cache is None:
-        cache = static_cache(ilql.policy.config, P + R)
+        cache = utils.static_cache(ilql.policy.config, P + R)
     cache.reset()
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
-    prompt_lengths = query_mask.long().sum(1, keepdim=True)
-    positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
-    # The slots of the cache that may be read. Rows that have ended go on with pads, which nobody
-    # looks at, until all have ended.
-    key_mask = F.pad(query_mask.long(), (0, R))
     beta = torch.as_tensor(beta, device=queries.device)  # A number would be compiled as a constant.
-    options = {"beta": beta, "temperature": temperature, "allowed": allowed}
-    options["past_key_values"] = cache
+    # By slot of the cache: all but the padding of the prompt may be read, and the first real token
+    # of a row has position 0. Causal attention hides the slots that are not filled yet.
+    slot_mask = F.pad(query_mask.long(), (0, R), value=1)
+    positions = (slot_mask.cumsum(1) - 1).clamp(min=0)
 
     responses = torch.full((B, R), pad_id, device=queries.device)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
-    # The whole prompt at once, uncompiled, and then one token after another.
-    next_tokens = steered_decode_step(
-        ilql,
-        queries,
-        uniforms[:, 0],
-        attention_mask=key_mask,
-        position_ids=positions,
-        **options,
-    )
+    # First the whole prompt is fed, uncompiled, and then one token after another.
+    tokens = queries
+    start = 0
     for t in range(R):
+        end = P + t
+        step_fn = steered_decode_step if t == 0 else step
+        next_tokens = step_fn(
+            ilql,
+            tokens,
+            uniforms[:, t],
+            beta,
+            temperature,
+            allowed,
+            position_ids=positions[:, start:end],
+            attention_mask=slot_mask,
+            past_key_values=cache,
+        )
+        # A row that has ended goes on with pads until all have ended.
         responses[:, t] = torch.where(ended, pad_id, next_tokens)
         ended = ended | torch.isin(next_tokens, stop_ids)
-        if t == R - 1 or ended.all():
+        if ended.all():
             break
-        key_mask[:, P + t] = 1
-        next_tokens = step(
-            ilql,
-            responses[:, t, None],
-            uniforms[:, t + 1],
-            attention_mask=key_mask,
-            position_ids=prompt_lengths + t,
-            **options,
-        )
+        tokens = responses[:, t, None]
+        start = end
     return responses
 
 
@@ -490,7 +479,7 @@ def turns_of_text(tokenizer, row):
     """The one turn of a text: (token ids of the prompt, token ids that the agent says)."""
     completion = row["completion"].partition(tokenizer.eos_token)[0]
     said = tokenizer(completion, add_special_tokens=False).input_ids
-    return [(encode_prompt(tokenizer, row["prompt"]), [*said, tokenizer.eos_token_id])]
+    return [(utils.encode_prompt(tokenizer, row["prompt"]), [*said, tokenizer.eos_token_id])]
 
 
 def turns_of_messages(tokenizer, messages, num_given):
@@ -506,7 +495,7 @@ def turns_of_messages(tokenizer, messages, num_given):
         check_role(message)
         if message["role"] != "assistant" or i < num_given:
             continue
-        prompt_ids = encode_prompt(tokenizer, messages[:i])
+        prompt_ids = utils.encode_prompt(tokenizer, messages[:i])
         before = tokenizer.apply_chat_template(
             messages[:i], tokenize=False, add_generation_prompt=True
         )
@@ -534,10 +523,9 @@ def check_role(message):
 
 
 def encode_row(tokenizer, row):
-    """{"input_ids", "states", "actions", "rewards"} of a row, as lists; see the example in this
-    file's docstring.
+    """{"input_ids", "states", "actions", "rewards"} of a row, as lists.
 
-    input_ids lack the last token, because no action follows it.
+    See the example at the top of this file. An action without a reward of its own has None.
     """
     if "messages" in row:
         turns = turns_of_messages(tokenizer, row["messages"], num_given=0)
@@ -567,7 +555,7 @@ def encode_row(tokenizer, row):
         rewards += [None] * (len(said) - 1) + [reward]
         ids += said
     actions = [ids[i + 1] for i in states]
-    return {"input_ids": ids[:-1], "states": states, "actions": actions, "rewards": rewards}
+    return {"input_ids": ids, "states": states, "actions": actions, "rewards": rewards}
 
 
 def check_reward(row):
@@ -580,59 +568,55 @@ def check_reward(row):
 
 def load_rated(args, tokenizer):
     """(rows as of `encode_row`, {"reward_mean", "reward_std"}) of the rows that fit."""
-    columns = [("prompt", "completion"), ("messages",)]
-    data = load_rows(args.dataset, columns, args.max_rows)
+    path = args.dataset
+    data = utils.load_rows(path, [("prompt", "completion"), ("messages",)], args.max_rows)
     if "reward" not in data.column_names:
         has = ", ".join(data.column_names)
-        raise UserError(f"{args.dataset}: needs the column reward; it has {has}")
-    rows = []
-    for number, row in enumerate(data, start=1):
-        try:
-            check_reward(row)
-            rows.append(encode_row(tokenizer, row))
-        except Exception as error:  # Chat templates refuse conversations in many ways.
-            raise UserError(f"{args.dataset}: row {number}: {error}") from error
-    kept = [row for row in rows if len(row["input_ids"]) + 1 <= args.max_length]
-    if len(kept) < len(rows):
-        left_out = f"left out {len(rows) - len(kept)} of {len(rows)} rows"
-        print(f"{args.dataset}: {left_out} longer than --max_length {args.max_length}")
-    if not kept:
-        reason = f"every one is longer than --max_length {args.max_length}"
-        raise UserError(f"{args.dataset}: no row is left; {reason}")
+        raise UserError(f"{path}: needs the column reward; it has {has}")
+
+    def encode(row):
+        check_reward(row)
+        return [encode_row(tokenizer, row)]
+
+    rows = utils.encode_rows(path, data, encode)
+    rows = utils.leave_out_long(path, rows, row_length, args.max_length)
 
     mean = 0.0
     std = 1.0
     if args.normalize_rewards:
-        given = [x for row in kept for x in row["rewards"] if x is not None]
+        given = [x for row in rows for x in row["rewards"] if x is not None]
         given = torch.tensor(given, dtype=torch.float64)
         mean = given.mean().item()
         std = given.std(correction=0).item()
         if given.min() == given.max():
-            raise UserError(f"{args.dataset}: all rewards are equal")
-    for row in kept:
-        # An action that the data gives no reward of its own has reward 0, normalised or not.
+            raise UserError(f"{path}: all rewards are equal")
+    for row in rows:
+        # An action without a reward of its own is paid 0, normalised or not.
         row["rewards"] = [0.0 if x is None else (x - mean) / std for x in row["rewards"]]
-    return kept, {"reward_mean": mean, "reward_std": std}
+    return rows, {"reward_mean": mean, "reward_std": std}
+
+
+def row_length(row):
+    """The tokens of a row."""
+    return len(row["input_ids"])
 
 
 def collate(rows, fill_id):
-    """A batch of rows, on the CPU: input_ids (B,T), and by action, (B,A) each, the states (indices
-    into input_ids), actions, rewards, mask and terminal."""
-    has_rows = len(rows) > 0
-    if not has_rows:
-        # A rank without rows still takes part, with an action that counts 0: the others wait for
-        # it.
-        rows = [{"input_ids": [fill_id], "states": [0], "actions": [fill_id], "rewards": [0.0]}]
+    """A batch of rows as tensors on the CPU, padded on the right.
+
+    input_ids (B,T), without the last token of each row, which is no state. By action, (B,A) each:
+    states, which are indices into input_ids, actions, rewards, mask (whether there is such an
+    action) and terminal (whether it is the row's last).
+    """
     num_actions = torch.tensor([[len(row["actions"])] for row in rows])
-    columns = torch.arange(num_actions.max().item())
-    mask = columns < num_actions
+    column = torch.arange(num_actions.max().item())
     return {
-        "input_ids": pad_right([row["input_ids"] for row in rows], fill_id),
-        "states": pad_right([row["states"] for row in rows], 0),
-        "actions": pad_right([row["actions"] for row in rows], fill_id),
-        "rewards": pad_right([row["rewards"] for row in rows], 0.0),
-        "terminal": columns == num_actions - 1,
-        "mask": mask & has_rows,
+        "input_ids": utils.pad_right([row["input_ids"][:-1] for row in rows], fill_id),
+        "states": utils.pad_right([row["states"] for row in rows], 0),
+        "actions": utils.pad_right([row["actions"] for row in rows], fill_id),
+        "rewards": utils.pad_right([row["rewards"] for row in rows], 0.0),
+        "mask": column < num_actions,
+        "terminal": column == num_actions - 1,
     }
 
 
@@ -645,12 +629,12 @@ def micro_batch_loss(model, rows, num_actions, means, loss_fn, fill_id, args, de
 
     Adds what is logged to `means`.
     """
-    batch = to_device(collate(rows, fill_id), device)
+    batch = utils.to_device(collate(rows, fill_id), device)
     mask = batch["mask"]
-    with autocast(args, device):
+    with utils.autocast(args, device):
         output = model(batch["input_ids"], batch["states"])
-    # The next column is the next state in which the agent acts. At a row's last action it means
-    # nothing: there `terminal` is True, and the loss puts 0.
+    # The next state in which the agent acts is the next column. After a row's last action there is
+    # none: `terminal` is True there, and the loss puts 0.
     next_vs = F.pad(output["vs"][:, 1:], (0, 1))
     losses = loss_fn(
         output["qs"],
@@ -690,7 +674,7 @@ def standardise_inputs(ilql, rows, fill_id):
     """Set the mean and deviation by which the heads' inputs are standardised, from some rows."""
     sample = rows[:: math.ceil(len(rows) / 128)]
     device = ilql.hidden_mean.device
-    batch = to_device(collate(sample, fill_id), device)
+    batch = utils.to_device(collate(sample, fill_id), device)
     hidden = ilql.policy.base_model(batch["input_ids"], use_cache=False).last_hidden_state
     states = batch["states"][..., None].expand(-1, -1, hidden.shape[-1])
     hidden = hidden.gather(1, states)[batch["mask"]]
@@ -698,10 +682,10 @@ def standardise_inputs(ilql, rows, fill_id):
     ilql.hidden_std.copy_(hidden.std(0, correction=0) + 1e-6)
 
 
-def score_samples(scorer, rows, texts, input_ids, is_real, args):
+def score_samples(scorer, dataset_rows, texts, input_ids, is_real, args):
     """Scores (B,) of responses, from the reward function or the reward model."""
     if args.reward_model is None:
-        return call_reward_fn(scorer, rows, texts, input_ids.device)
+        return utils.call_reward_fn(scorer, dataset_rows, texts, input_ids.device)
     scores = last_token_scores(scorer, input_ids, is_real)
     if not scores.isfinite().all():
         raise UserError(f"{args.reward_model}: not a finite score for each response")
@@ -709,36 +693,37 @@ def score_samples(scorer, rows, texts, input_ids, is_real, args):
 
 
 @torch.no_grad()
-def evaluate(sampler, prompts, scorer, steps_done, run, sampling, args, tokenizer, ranks):
-    """{"eval/score@beta=...": mean score} over the samples of all ranks, and some of them as a
-    file.
+def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ranks):
+    """{"eval/score@beta=...": mean score}, over the samples of all ranks.
 
-    Every beta gets the same prompts and uniforms. Ten samples of each go into samples.jsonl.
+    Every steering strength gets the same prompts and uniforms. Ten samples of each go into
+    samples.jsonl.
     """
     mine = slice(ranks.rank, None, ranks.world_size)
-    order = torch.randperm(len(prompts), generator=seeded(args.seed, "prompts")).tolist()
-    chosen = [prompts[order[i % len(order)]] for i in range(args.eval_samples)][mine]
-    rows = [row for _, row in chosen]
+    order = torch.randperm(len(prompts), generator=utils.seeded(args.seed, "prompts")).tolist()
+    my_prompts = [prompts[order[i % len(order)]] for i in range(args.eval_samples)][mine]
+    dataset_rows = [row for _, row in my_prompts]
     P = max(len(ids) for ids, _ in prompts)
-    queries, query_mask = left_pad([ids for ids, _ in chosen], P, sampling["pad_id"], ranks.device)
-    generator = seeded(args.seed, "samples", steps_done)
+    sequences = [ids for ids, _ in my_prompts]
+    queries, query_mask = utils.left_pad(sequences, P, sampling["pad_id"], ranks.device)
+    generator = utils.seeded(args.seed, "samples", step)
     uniforms = torch.rand(args.eval_samples, args.response_length, generator=generator)[mine]
     uniforms = uniforms.to(ranks.device)
 
-    means = Means()
+    means = utils.Means()
     for beta in args.eval_betas:
         responses = generate_steered(sampler, queries, query_mask, uniforms, beta, **sampling)
         mask = response_mask(responses, sampling["stop_ids"])
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         input_ids = torch.cat([queries, responses], dim=1)
         is_real = torch.cat([query_mask, mask], dim=1)
-        scores = score_samples(scorer, rows, texts, input_ids, is_real, args)
+        scores = score_samples(scorer, dataset_rows, texts, input_ids, is_real, args)
         means.add({f"eval/score@beta={beta:g}": scores})
         if run.is_main:
-            columns = (rows[:10], texts[:10], scores[:10].tolist())
+            columns = (dataset_rows[:10], texts[:10], scores[:10].tolist())
             for row, text, score in zip(*columns, strict=True):
                 sample = {"query": row["prompt"], "response": text, "score": score}
-                run.append("samples.jsonl", [{"step": steps_done, "beta": beta, **sample}])
+                run.append("samples.jsonl", [{"step": step, "beta": beta, **sample}])
     return means.over_ranks()
 
 
@@ -748,11 +733,11 @@ def evaluate(sampler, prompts, scorer, steps_done, run, sampling, args, tokenize
 
 def check_flags(args):
     """Refuse what is out of bounds or cannot work together, before anything is loaded."""
-    check_shared_flags(args)
-    check_at_least(args, 1, "num_epochs", "num_steps", "max_rows", "max_length")
-    check_at_least(args, 1, "log_every", "eval_every", "eval_samples", "response_length")
-    check_at_least(args, 0, "beta", "cql_weight", "awac_weight", "policy_lr_scale")
-    check_above_zero(args, "tau", "gamma", "alpha")
+    utils.check_shared_flags(args)
+    utils.check_at_least(args, 1, "num_epochs", "num_steps", "max_rows", "max_length")
+    utils.check_at_least(args, 1, "log_every", "eval_every", "eval_samples", "response_length")
+    utils.check_at_least(args, 0, "beta", "cql_weight", "awac_weight", "policy_lr_scale")
+    utils.check_above_zero(args, "tau", "gamma", "alpha")
     for name in ("tau", "gamma", "alpha"):
         if getattr(args, name) > 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at most 1")
@@ -775,101 +760,116 @@ def load_evaluation(args, tokenizer):
     if args.eval_dataset is None:
         args.eval_dataset = str(Path(args.dataset).with_name("prompts.jsonl"))
     longest = max(args.max_length - args.response_length, 1)
-    prompts = load_prompts(args.eval_dataset, tokenizer, longest, "--max_length")
+    prompts = utils.load_prompts(args.eval_dataset, tokenizer, longest, "--max_length")
     if args.reward_fn:
-        return prompts, load_function(args.reward_fn, "--reward_fn")
-    check_same_tokenizer(args.reward_model, tokenizer, args.model)
+        return prompts, utils.load_function(args.reward_fn, "--reward_fn")
+    utils.check_same_tokenizer(args.reward_model, tokenizer, args.model)
     kind = AutoModelForSequenceClassification
-    scorer, _ = load_pretrained(kind, args.reward_model, num_labels=1)
+    scorer, _ = utils.load_pretrained(kind, args.reward_model, num_labels=1)
     return prompts, scorer
 
 
 def load_model(args, tokenizer, rows, prompts, statistics):
     """The ILQL module, refused if a row or a sample is longer than it has positions."""
-    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    num_positions = max(len(row["input_ids"]) for row in rows)
+    policy, _ = utils.load_pretrained(AutoModelForCausalLM, args.model)
+    num_positions = max(row_length(row) for row in rows)
     if prompts:
         longest_sample = max(len(ids) for ids, _ in prompts) + args.response_length
         num_positions = max(num_positions, longest_sample)
-    check_positions(policy.config, num_positions, "--max_length", args.model)
-    fit_to_tokenizer(policy, tokenizer)
-    check_decoding(policy, num_positions, args.model)
+    utils.check_positions(policy.config, num_positions, "--max_length", args.model)
+    utils.fit_to_tokenizer(policy, tokenizer)
+    utils.check_decoding(policy, num_positions, args.model)
     policy.requires_grad_(args.policy_lr_scale > 0)
     return ILQL(policy, args.num_qs, args.q_rows, **statistics)
 
 
+def steered_sampler(args, tokenizer, ilql):
+    """(a copy of the model to sample from, the options of `generate_steered`).
+
+    The copy must be made before the model's layers are compiled: under --compile its decoding step
+    is compiled as a whole.
+    """
+    sampler = copy.deepcopy(ilql).requires_grad_(False)
+    if args.precision == "bf16":
+        utils.to_bf16(sampler.policy)
+    step = steered_decode_step
+    if args.compile:
+        step = torch.compile(steered_decode_step, mode="reduce-overhead", fullgraph=True)
+    device = ilql.hidden_mean.device
+    sampling = {
+        "stop_ids": torch.tensor([tokenizer.eos_token_id], device=device),
+        "pad_id": tokenizer.pad_token_id,
+        "allowed": utils.allowed_ids(tokenizer, ilql.policy.config.vocab_size, device),
+        "step": step,
+    }
+    return sampler, sampling
+
+
 def main(args):
-    args = resolve_args(args)
+    args = utils.resolve_args(args)
     check_flags(args)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = utils.load_tokenizer(args.model)
     rows, statistics = load_rated(args, tokenizer)
     prompts, scorer = load_evaluation(args, tokenizer)
+    lengths = [row_length(row) for row in rows]
 
-    ranks = init_ranks(args.timeout_minutes)
+    ranks = utils.init_ranks(args.timeout_minutes)
     device = ranks.device
-    check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
-    check_divides(ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks")
+    utils.check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
+    utils.check_divides(
+        ranks.world_size, args.eval_samples, "--eval_samples by the number of ranks"
+    )
     torch.manual_seed(args.seed)
     ilql = load_model(args, tokenizer, rows, prompts, statistics).to(device)
-    fill_id = tokenizer.eos_token_id  # Stands after a row, where no token sees it.
+    fill_id = tokenizer.eos_token_id  # Fills the padding, which no real token sees.
     if args.q_rows == "embeddings":
         standardise_inputs(ilql, rows, fill_id)
     if args.reward_model:
         scorer.to(device)
 
-    # Samples are drawn from a copy, whose weights are refreshed before each later evaluation.
-    sampler = copy.deepcopy(ilql).requires_grad_(False)
-    if args.precision == "bf16":
-        to_bf16(sampler.policy)
-    sampling = {
-        "stop_ids": torch.tensor([tokenizer.eos_token_id], device=device),
-        "pad_id": tokenizer.pad_token_id,
-        "allowed": allowed_ids(tokenizer, ilql.policy.config.vocab_size, device),
-        "step": steered_decode_step,
-    }
+    sampler, sampling = steered_sampler(args, tokenizer, ilql)
     loss_fn = ilql_loss
     if args.compile:
-        compile_layers(ilql.policy)
+        utils.compile_layers(ilql.policy)
         loss_fn = torch.compile(ilql_loss, dynamic=True)
-        sampling["step"] = torch.compile(
-            steered_decode_step, mode="reduce-overhead", fullgraph=True
-        )
-    train_model = wrap(ilql, ranks)
+    utils.broadcast_weights(ilql)
     heads = [*ilql.v.parameters(), *ilql.qs.parameters()]
     groups = [{"params": list(ilql.policy.parameters())}, {"params": heads}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
-    run = Run(args, ranks, "ilql_rlhf")
+    run = utils.Run(args, ranks, Path(__file__).stem)
     state = {"model": ilql, "optimizer": optimizer}
     done = run.load_checkpoint(state) if args.resume else 0
     num_steps = args.num_steps or args.num_epochs * math.ceil(len(rows) / args.batch_size)
-    batches = global_batches(len(rows), args.batch_size, num_steps, args.seed, done)
+    batches = utils.global_batches(len(rows), args.batch_size, num_steps, args.seed, done)
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac"]
     shown += [f"eval/score@beta={beta:g}" for beta in args.eval_betas]
-    evaluation = {"run": run, "sampling": sampling, "args": args}
-    evaluation |= {"tokenizer": tokenizer, "ranks": ranks}
-    means = Means()
+    sample = functools.partial(
+        evaluate,
+        sampler,
+        prompts,
+        scorer,
+        run=run,
+        sampling=sampling,
+        args=args,
+        tokenizer=tokenizer,
+        ranks=ranks,
+    )
+    means = utils.Means()
     if done == 0 and prompts:
-        run.log(0, evaluate(sampler, prompts, scorer, 0, **evaluation), shown)
+        run.log(0, sample(step=0), shown)
 
-    for step in progress(done, num_steps, ranks, run.script):
-        # 1. Batch: the rows of all ranks, and this rank's share of them in micro-batches.
-        epoch, numbers = next(batches)
-        batch = [rows[i] for i in numbers]
-        lengths = [len(row["input_ids"]) for row in batch]
-        groups = split_by_length(lengths, args.micro_batch_size, ranks)
+    for step in utils.progress(done, num_steps, ranks, run.script):
+        # 1. Batch: indices of rows, the same on all ranks.
+        epoch, batch = next(batches)
 
-        # 2. Loss: the sum over all ranks divided by their number of actions.
-        num_actions = torch.tensor(sum(len(row["actions"]) for row in batch), device=device)
-        for i, group in enumerate(groups):
-            # With several ranks, DDP exchanges gradients in the last backward only.
-            train_model.require_backward_grad_sync = i + 1 == len(groups)
-            part = [batch[j] for j in group]
-            loss = micro_batch_loss(
-                train_model, part, num_actions, means, loss_fn, fill_id, args, device
-            )
-            # DDP averages gradients over ranks; the factor turns that average into a sum.
-            (loss * ranks.world_size).backward()
+        # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
+        num_actions = torch.tensor(sum(len(rows[i]["actions"]) for i in batch), device=device)
+        for group in utils.split_by_length(batch, lengths, args.micro_batch_size, ranks):
+            part = [rows[i] for i in group]
+            loss = micro_batch_loss(ilql, part, num_actions, means, loss_fn, fill_id, args, device)
+            loss.backward()
+        utils.sum_gradients(ilql)
 
         # 3. Update, first the parameters, then the targets.
         lr = args.lr * (1 - (step - 1) / num_steps)
@@ -877,29 +877,29 @@ def main(args):
         optimizer.param_groups[1]["lr"] = lr
         max_norm = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(ilql.parameters(), max_norm)
+        if not grad_norm.isfinite():
+            raise UserError(f"step {step}: the gradient is not finite; lower --lr or --beta")
         optimizer.step()
-        clear_gradients(optimizer)
+        optimizer.zero_grad()
         ilql.update_targets(args.alpha)
 
         # Log, evaluate, save. A saved step is logged too, so that resuming has whole means.
-        evaluates = bool(prompts) and (step % args.eval_every == 0 or step == num_steps)
+        is_last = step == num_steps
+        evaluates = bool(prompts) and (is_last or step % args.eval_every == 0)
         saves = args.save_every > 0 and step % args.save_every == 0
-        if step % args.log_every == 0 or evaluates or saves or step == num_steps:
-            # Asked only here, because asking waits for the device. NaN weights stay NaN.
-            if not grad_norm.isfinite():
-                raise UserError(f"step {step}: the gradient is not finite; lower --lr or --beta")
+        if is_last or evaluates or saves or step % args.log_every == 0:
             metrics = means.over_ranks()
             metrics |= {"lr": lr, "optim/grad_norm": grad_norm.item(), "epoch": epoch}
-            means = Means()
+            means = utils.Means()
             if evaluates:
-                copy_weights(ilql, sampler)
-                metrics |= evaluate(sampler, prompts, scorer, step, **evaluation)
+                utils.copy_weights(ilql, sampler)
+                metrics |= sample(step=step)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)
 
     if ranks.is_main:
-        save_pretrained(run.folder / "model", ilql, tokenizer)
+        utils.save_pretrained(run.folder / "model", ilql, tokenizer)
         flags = f"--run {run.folder} --beta {args.eval_betas[-1]:g}"
         if not prompts:
             flags += " --dataset my_prompts.jsonl"
@@ -908,4 +908,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, tyro.cli(Args, use_underscores=True))
+    utils.launch(main, tyro.cli(Args, use_underscores=True))

@@ -7,11 +7,12 @@ Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
 
 Each update:
     1. rollout      sample a response to each prompt from the policy
-    2. score        each response gets a score; each of its tokens gets a log-probability under the
-                    policy and under the frozen reference, and the value of the state before it
+    2. score        the reward model gives each response a score; each response token gets a
+                    log-probability under the policy and under the frozen reference, and the critic
+                    gives the value of the state before it
     3. advantages   token t is rewarded with -kl_coef * (logprob - ref_logprob), and the last token
-                    with the score too; GAE(gamma, lam) turns rewards and values into advantages and
-                    returns; then the advantages are whitened
+                    with the score as well; GAE(gamma, lam) turns rewards and values into advantages
+                    and returns; then the advantages are whitened
     4. update       num_epochs passes over the batch, of num_minibatches optimizer steps each:
                     clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy
 
@@ -19,76 +20,70 @@ One process:    python ppo_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \
                     --reward_model runs/my_rm/model --dataset my_prompts.jsonl --lr 1e-5
 
-Shapes: B rows on this rank; P tokens of the longest prompt of the data set; R response_length, or
-in a micro-batch its longest response; T = P + R, or in a micro-batch its longest row; V vocabulary;
-d width.
+Shapes. B rows on this rank; P tokens in the longest prompt of the data set; R tokens in the longest
+response, at most response_length; T = P + R; V vocabulary; d hidden width. A micro-batch is cut to
+the R and T of its own longest rows.
 
-Time: index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
+Time. Index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
 values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
 
-Layout: prompts are padded on the left for `generate` alone. Then each row is packed to the left:
-prompt, response, padding. Causal attention never looks ahead, so no real token sees the padding:
-outside of `generate` no model is given an attention mask or positions. Rows of similar length share
-a micro-batch, which is cut after its longest row.
+Layout. Prompts are padded on the left in `generate` alone. After that, each row is packed to the
+left: prompt, response, padding. Causal attention never looks ahead, so no real token sees the
+padding, and outside `generate` no model needs an attention mask or position ids.
 
-After the end of a response: `responses` holds the pad id, `input_ids` holds EOS, `is_real` and
-`mask` are False, and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. The end
-token itself belongs to the response: its mask is True.
+After the end of a response, `responses` and `input_ids` hold EOS, `mask` and `is_real` are False,
+and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. The end token itself
+belongs to the response: its mask is True.
 
-Rules that you might not expect:
-    - A response ends at EOS, at any further EOS id of the model's configs, or at --stop_token. An
-      end token among its first --min_length tokens is an ordinary token: it stays, the response
-      goes on, and `mask` is True across it.
-    - A response that reaches --response_length without an end token counts as finished all the
-      same: the state after its last token is worth 0, and nothing is bootstrapped. Its score is
-      replaced by --missing_eos_score, unless that is none.
-    - Scores are first normalised, then clipped, then replaced. Normalisation and clipping are off
-      by default.
-    - The score is paid at the last token itself. (Huang et al. pay it one position later.)
-    - The KL to the reference is in the reward, not in the loss. It is estimated by the log-ratio of
-      the sampled token (k1). The k3 estimate is logged beside it and never trained on.
-    - The pad and ids without a token have probability 0 in the sampler, the policy and the
-      reference alike. There is no top-k or top-p. The temperature divides the logits wherever a
-      probability is computed, and nowhere else.
-    - Old log-probabilities come from the model that is trained, not from the sampler. So the
-      probability ratios of an update's first step are 1, up to rounding.
-    - The sampler is a copy of the policy that is refreshed before each rollout. Under --precision
-      bf16 the weights of the sampler, the reference and the reward model are rounded to bf16; those
-      of policy and critic stay fp32 and compute in bf16 by autocast. The first KL is then only
-      nearly 0. Log-softmax, score heads, values and losses are computed in fp32 always. Dropout is
-      off.
-    - With --value_trunk shared the gradient of the value loss reaches the policy's network.
-    - Advantages are whitened over the real tokens of the whole batch, on all ranks. The loss of a
-      step is a sum over the real tokens of its minibatch, divided by their number on all ranks.
-    - Each rank samples and scores its own rows; for the update every rank gathers those of all. A
-      minibatch is drawn from all rows, sorted by length, and dealt out to the ranks in turn. So
-      neither the number of ranks nor --micro_batch_size changes the result, up to rounding.
-    - A step is skipped, on all ranks, if its gradient is not finite, or if its mean probability
-      ratio is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends the update
-      before a step, but never before its first. Neither kind of minibatch enters the metrics.
-    - With --compile, which is the default on CUDA, these are compiled and nothing else is: the
-      layers of all models but the sampler, the sampler's decoding step after the prompt, and
-      `token_logprobs`.
+Responses
+    - A response ends at EOS, at any further EOS id in the model's configs, or at --stop_token.
+      Within the first --min_length tokens an end token does not end it: the response goes on, and
+      its mask stays True.
+    - There is no top-k or top-p. The pad token and ids that have no token get probability 0, in the
+      sampler, the policy and the reference alike. The temperature divides the logits wherever a
+      probability is computed.
+    - Responses are sampled from a copy of the policy, refreshed before each rollout. The old
+      log-probabilities are computed by the policy itself, so the probability ratios of an update's
+      first step are 1, up to rounding.
+Scores and rewards
+    - A response that reaches --response_length without an end token is treated as finished: the
+      state after it is worth 0, and nothing is bootstrapped. Its score is replaced by
+      --missing_eos_score.
+    - Scores are normalised, then clipped, then replaced. The first two are off by default.
+    - The KL to the reference is paid in the reward, never in the loss. Its estimate is the
+      log-ratio of the sampled token (k1). The k3 estimate is logged and never trained on.
+    - The score is paid at the last token itself; Huang et al. pay it one position later.
+Critic
+    - The critic is a network of its own that starts as a copy of the reward model. With
+      --value_trunk shared it is a head on the policy's hidden states, and the value loss reaches
+      the policy's network.
+Loss and steps
+    - Advantages are whitened over the real tokens of the whole batch. A minibatch's loss is a sum
+      over its real tokens divided by their number. Both are taken over all ranks.
+    - A minibatch is drawn from the rows of all ranks. Each rank takes an equal share of it, in
+      micro-batches of rows of similar length. So neither the number of ranks nor
+      --micro_batch_size changes the result, up to rounding.
+    - A step is skipped if its gradient is not finite, or if the mean probability ratio of its
+      tokens is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends an update
+      before a step, but never before the first. Neither kind of minibatch enters the metrics.
+Precision
+    - With --precision bf16 the frozen models (sampler, reference, reward model) are rounded to
+      bf16, so the first KL is only nearly 0. The trained weights stay fp32 and compute in bf16
+      through autocast. Log-softmax, scores, values and losses are always fp32. Dropout is off.
+    - --compile compiles the layers of all models but the sampler, the sampler's decoding step after
+      the prompt, and `token_logprobs`. It is the default on CUDA.
 
-What the helpers from utils.py do, as far as the algorithm needs them:
-    whiten(x, mask, shift_mean)      x scaled to mean 0 (or, if not shift_mean, to its own mean) and
-                                     variance 1 over the mask, on all ranks; 0 outside it
-    masked_mean(x, mask)             mean over the mask, on all ranks
-    all_gather(x)                    the rows of all ranks, in rank order
-    pack_rows(input_ids, mask)       every row's real tokens moved to the left, and their number
-    split_by_length(lengths, size)   row numbers sorted by length, in groups of at most `size`; with
-                                     ranks, only every world_size-th of the sorted rows: our share
-    select(batch, rows)              these rows of every tensor, cut after the longest of them
-    allowed_ids(tokenizer, ...)      True for ids that have a token, but for the pad
-    seeded(*key)                     a random generator that depends on the key alone
-    copy_weights(source, target)     in place, rounded to the target's precision
-    head_logits(model, hidden)       the language-model head
-    Means                            exact means by name, over micro-batches and ranks
+From utils.py the algorithm needs, over all ranks: `masked_mean(x, mask)`; `whiten(x, mask)`, which
+scales x to mean 0 and variance 1 where mask is True and puts 0 elsewhere; `all_gather(x)`, the rows
+of all ranks; `sum_gradients(model)`; and `Means`, which averages metrics. `pack_rows` moves the
+real tokens of each row to the left, and `split_by_length` splits row numbers into micro-batches.
 """
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -96,37 +91,32 @@ import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from utils import Means, Run, UserError, all_eos_ids, all_gather, allowed_ids, autocast
-from utils import call_reward_fn, check_above_zero, check_at_least, check_decoding, check_divides
-from utils import check_finite, check_positions, check_same_tokenizer, check_shared_flags
-from utils import clear_gradients, compile_layers, copy_weights, fit_to_tokenizer, head_logits
-from utils import init_ranks, launch, left_pad, load_function, load_pretrained, load_prompts
-from utils import load_tokenizer, masked_mean, newest_run, pack_rows, progress, prompt_order
-from utils import resolve_args, save_pretrained, seeded, select, split_by_length, static_cache
-from utils import Stopwatch, stop_token_ids, sum_over_ranks, to_bf16, total_lengths, whiten, wrap
+import utils
+from utils import UserError
 
 
 @dataclass
 class Args:
     model: str | None = None
-    """the model to train, whose start is also the frozen reference: a Hub name or a folder; none:
-    the newest finished run of sft.py"""
+    """the model to train, a Hub name or a folder; the frozen reference is a copy of it. If not
+    given: the newest finished run of sft.py"""
     reward_model: str | None = None
-    """the model that scores responses, from which the critic starts too: a Hub name or a folder; if
-    neither this nor --reward_fn is given, the newest finished run of reward_model.py"""
+    """the model that scores responses, a Hub name or a folder; the critic starts as a copy of it.
+    If neither this nor --reward_fn is given: the newest finished run of reward_model.py"""
     reward_fn: str | None = None
-    """path/to/file.py:function(prompts, responses, **columns), which returns a number for each
-    response; instead of --reward_model"""
+    """a function that scores responses instead of a reward model:
+    path/to/file.py:function(prompts, responses, **columns), which returns a number for each
+    response"""
     monitor_fn: str | None = None
-    """a function like --reward_fn that is logged as monitor/<name> and never trained on"""
+    """a function like --reward_fn whose mean is logged as monitor/<name> and never trained on"""
     dataset: str = "data/randomwalks/prompts.jsonl"
-    """rows with prompt; every other column reaches the reward function"""
+    """rows with a column `prompt`; all other columns are passed to the reward function"""
     output_dir: str | None = None
-    """the run folder, which must not exist yet; none: runs/ppo_rlhf__<seed>__<time>"""
+    """the run folder, which must not exist yet. If not given: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
-    """seeds the order of prompts, the sampling and the minibatches"""
+    """decides the order of the prompts, the sampling and the minibatches"""
     total_episodes: int = 3840
-    """responses sampled in all; a multiple of batch_size"""
+    """responses sampled in the whole run; a multiple of batch_size"""
     batch_size: int = 128
     """responses per update, over all ranks"""
     num_epochs: int = 4
@@ -134,65 +124,71 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps in each pass"""
     micro_batch_size: int = 128
-    """rows per forward on one rank, except in sampling, which takes all rows at once; fewer save
-    memory and padding, and do not change the result"""
+    """rows per forward and backward on one rank. Fewer rows need less memory, contain less padding,
+    and do not change the result. Sampling always takes all rows at once"""
     query_length: int = 64
-    """tokens of a prompt; longer prompts are left out, and how many is printed"""
+    """the most tokens a prompt may have; longer prompts are left out and counted on the screen"""
     response_length: int = 10
-    """tokens of a response at most, the end token included"""
+    """the most tokens a response may have, including the end token"""
     stop_token: str | None = None
-    """a text, such as ".", each of whose tokens ends a response as EOS does; none: EOS alone"""
+    """a text, such as ".", each of whose tokens ends a response as EOS does. If not given: EOS
+    alone"""
     min_length: int = 0
     """an end token among the first min_length tokens of a response does not end it"""
     temperature: float = 1.0
     """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
-    """learning rate of the first update, which falls linearly to lr / number of updates in the last
-    (for the small task; about 1e-5 for a pretrained model)"""
+    """learning rate of the first update; it falls linearly to lr / number of updates in the last.
+    The default suits the small task; a pretrained model needs about 1e-5"""
     max_grad_norm: float = 1.0
-    """clip the norm of the gradient, over all parameters, to this; 0: do not clip"""
+    """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     kl_coef: float = 0.05
-    """price of one nat of KL to the reference; with --target_kl_nats, its first value"""
+    """the price of one nat of KL to the reference; with --target_kl_nats, the initial price"""
     target_kl_nats: float | None = None
-    """adapt kl_coef until the KL of a response is this; none: kl_coef stays as it is"""
+    """adapt kl_coef until the mean KL of a response is this many nats. If not given: kl_coef is
+    constant"""
     kl_horizon: int = 10000
-    """with --target_kl_nats: kl_coef changes by about a fifth at most in this many episodes"""
+    """with --target_kl_nats: kl_coef changes by at most a fifth in this many episodes"""
     cliprange: float = 0.2
     """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
-    """replaces the upper bound by 1 + cliprange_high; none: the same on both sides"""
-    gamma: float = 1.0
-    """discount per token"""
-    lam: float = 0.95
-    """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone"""
-    value_trunk: Literal["separate", "shared"] = "separate"
-    """separate: the critic is a network of its own, a copy of the reward model, or without one a
-    copy of the policy with a head of zeros; shared: it is a head of zeros on the policy's own
-    network"""
-    vf_coef: float = 0.1
-    """weight of the value loss"""
-    cliprange_value: float = 0.2
-    """a value gains nothing by moving further than this from the old one, in units of the reward"""
+    """makes the upper bound 1 + cliprange_high instead. If not given: 1 + cliprange"""
     entropy_coef: float = 0.0
-    """weight of the entropy bonus, per nat of a token's entropy"""
+    """weight of the entropy bonus in the loss"""
     ratio_guard: float = 10.0
     """skip an optimizer step whose mean probability ratio is above this or below 1 / this"""
     early_stop_kl: float | None = None
-    """end an update, after at least one step, at a minibatch with policy/approxkl_avg above this"""
+    """end an update, after at least one step, at a minibatch with policy/approxkl_avg above this.
+    If not given: never"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """lambda of GAE: at 0 an advantage relies on the critic alone, at 1 on the rewards alone"""
+    value_trunk: Literal["separate", "shared"] = "separate"
+    """separate: the critic is a network of its own, a copy of the reward model, or, without one, a
+    copy of the policy with a head of zeros. shared: the critic is a head of zeros on the policy's
+    hidden states"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    cliprange_value: float = 0.2
+    """the value loss is clipped where a value moves further than this from the old one, in units
+    of the reward"""
     normalize_scores: bool = False
-    """standardise scores by the mean and deviation of all scores so far, except replaced ones"""
+    """standardise scores by the running mean and standard deviation of all scores so far; scores
+    that are going to be replaced are not counted"""
     cliprange_score: float | None = None
-    """clip scores to -cliprange_score .. cliprange_score, after normalisation; none: never"""
+    """clip scores to -cliprange_score .. cliprange_score, after normalisation. If not given: do
+    not clip"""
     whiten_rewards: bool = False
-    """replace the rewards r of a batch by (r - mean) / standard deviation + mean"""
+    """divide the rewards of a batch by their standard deviation, keeping their mean"""
     missing_eos_score: float | Literal["none"] = -1.0
     """the score of a response that does not end by itself; none: it keeps its own score"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
-    """what forwards, backwards and sampling compute in; weights and optimizer state stay fp32"""
+    """what forward, backward and sampling compute in; weights and optimizer state stay fp32"""
     compile: bool = torch.cuda.is_available()
     """compile each transformer layer, the log-probabilities and the decoding step"""
     save_every: int = 0
-    """updates between two checkpoints to resume from; 0: none"""
+    """updates between two checkpoints to resume from; 0: no checkpoints"""
     resume: str | None = None
     """continue the run in this folder from its newest checkpoint, with the arguments it had"""
     timeout_minutes: float = 60
@@ -228,7 +224,7 @@ def token_logprobs(logits, tokens, temperature, allowed=None):
     log_normaliser = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - log_normaliser
 
-    # The entropy is log Z - sum of p * logit, where 0 * -inf counts as 0.
+    # The entropy is log Z - sum of p * logit, in which 0 * -inf counts as 0.
     probabilities = torch.softmax(logits, dim=-1)
     finite_logits = logits.masked_fill(logits == -math.inf, 0.0)
     entropy = log_normaliser - (probabilities * finite_logits).sum(-1)
@@ -305,9 +301,9 @@ def ppo_targets(batch, kl_coef, args):
         batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef
     )
     if args.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = utils.whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, batch["values"], mask, args.gamma, args.lam)
-    return {"rewards": rewards, "advantages": whiten(advantages, mask), "returns": returns}
+    return {"rewards": rewards, "advantages": utils.whiten(advantages, mask), "returns": returns}
 
 
 def ppo_loss(new, batch, args):
@@ -369,7 +365,7 @@ class RunningMoments:
         """Take in the scores (B,) where mask (B,) is True."""
         scores = torch.where(mask, scores, 0.0).double()
         sums = torch.stack([mask.double().sum(), scores.sum(), (scores**2).sum()])
-        count, total, total_of_squares = sum_over_ranks(sums).tolist()
+        count, total, total_of_squares = utils.sum_over_ranks(sums).tolist()
         self.count += count
         self.total += total
         self.total_of_squares += total_of_squares
@@ -391,20 +387,27 @@ class RunningMoments:
 # The models
 
 
-def response_positions(input_ids, prompt_lengths, response_length):
-    """(B,R): where response token t of each row stands in input_ids (B,T).
+def response_hidden(model, batch):
+    """Hidden states (B,R,d) of the states in which the response tokens are chosen.
 
-    After the end of a row these are its padding, and at most T - 1: what is computed there is
-    masked.
+    Response token t of a row is predicted at index prompt_length - 1 + t of input_ids.
     """
-    t = torch.arange(response_length, device=input_ids.device)
-    return (prompt_lengths[:, None] + t).clamp(max=input_ids.shape[1] - 1)
+    hidden = model.base_model(batch["input_ids"], use_cache=False).last_hidden_state
+    _, T, d = hidden.shape
+    t = torch.arange(batch["mask"].shape[1], device=hidden.device)
+    index = batch["prompt_lengths"][:, None] - 1 + t
+    # A short row in a long micro-batch has no such index for the last t, which are masked.
+    index = index.clamp(max=T - 1)
+    return hidden.gather(1, index[..., None].expand(-1, -1, d))
 
 
-def response_hidden(model, input_ids, positions):
-    """Hidden states (B,R,d) just before the tokens at positions (B,R), which predict them."""
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
-    return hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
+def response_logprobs(model, hidden, batch, logprobs_fn):
+    """Log-probabilities and entropies, each (B,R), of the response tokens in these states.
+
+    logprobs_fn(logits, tokens) is `token_logprobs` with its temperature and allowed ids.
+    """
+    logits = utils.head_logits(model, hidden)
+    return logprobs_fn(logits, batch["responses"])
 
 
 def score_head(model, hidden):
@@ -422,53 +425,29 @@ def last_token_scores(model, input_ids, attention_mask):
     attention_mask (N,T): which tokens are real, whatever side the padding is on and whatever ids it
     holds, because the sequences are packed to the left first.
     """
-    input_ids, lengths = pack_rows(input_ids, attention_mask)
+    input_ids, lengths = utils.pack_rows(input_ids, attention_mask)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
     rows = torch.arange(len(lengths), device=lengths.device)
     return score_head(model, hidden[rows, lengths - 1])
 
 
-class Actor(torch.nn.Module):
-    """A language model, the policy or the reference, that gives the log-probabilities of responses.
+class ActorCritic(torch.nn.Module):
+    """The two models that are trained: the policy, which acts, and its critic."""
 
-    logprobs_fn is `token_logprobs`, or its compiled version under --compile.
-    """
-
-    def __init__(self, model, temperature, allowed, logprobs_fn=token_logprobs):
+    def __init__(self, policy, critic, logprobs_fn):
         super().__init__()
-        self.model = model
-        self.temperature = temperature
-        self.allowed = allowed
+        self.policy = policy
+        self.critic = critic
         self.logprobs_fn = logprobs_fn
 
-    def forward(self, input_ids, prompt_lengths, response_length):
-        """logprobs and entropy (B,R), and the hidden states (B,R,d) that they are computed from."""
-        positions = response_positions(input_ids, prompt_lengths, response_length)
-        hidden = response_hidden(self.model, input_ids, positions)
-        tokens = input_ids.gather(1, positions)
-        logits = head_logits(self.model, hidden)
-        logprobs, entropy = self.logprobs_fn(logits, tokens, self.temperature, self.allowed)
-        return {"logprobs": logprobs, "entropy": entropy, "hidden": hidden}
-
-
-class ActorCritic(torch.nn.Module):
-    """Actor and critic as one module, so that DDP can wrap both."""
-
-    def __init__(self, actor, critic):
-        super().__init__()
-        self.actor = actor
-        self.critic = critic
-
-    def forward(self, input_ids, prompt_lengths, response_length):
+    def forward(self, batch):
         """logprobs, entropy and values of the response tokens, each (B,R)."""
-        output = self.actor(input_ids, prompt_lengths, response_length)
-        if self.critic.base_model is self.actor.model.base_model:
-            hidden = output["hidden"]  # A shared trunk, which the value loss trains too.
-        else:
-            positions = response_positions(input_ids, prompt_lengths, response_length)
-            hidden = response_hidden(self.critic, input_ids, positions)
+        hidden = response_hidden(self.policy, batch)
+        logprobs, entropy = response_logprobs(self.policy, hidden, batch, self.logprobs_fn)
+        if self.critic.base_model is not self.policy.base_model:
+            hidden = response_hidden(self.critic, batch)
         values = score_head(self.critic, hidden)
-        return {"logprobs": output["logprobs"], "entropy": output["entropy"], "values": values}
+        return {"logprobs": logprobs, "entropy": entropy, "values": values}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -498,9 +477,9 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
 
 
 def decode_step(model, tokens, uniforms, temperature, allowed, **inputs):
-    """Feed tokens (B,n) and sample the next one, (B,); inputs: cache, mask and positions."""
+    """Feed tokens (B,n) and sample the next one, (B,). inputs: positions, mask and cache."""
     hidden = model.base_model(tokens, use_cache=True, **inputs).last_hidden_state[:, -1]
-    return sample_tokens(head_logits(model, hidden), uniforms, temperature, allowed)
+    return sample_tokens(utils.head_logits(model, hidden), uniforms, temperature, allowed)
 
 
 @torch.no_grad()
@@ -512,48 +491,46 @@ def generate(
 
     queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
     the randomness there is. stop_ids end a row at an index >= min_length. allowed (V,) bool: ids
-    that may be sampled. step: `decode_step` or its compiled version. cache: of P + R slots, to be
-    reused.
+    that may be sampled. step: `decode_step` or its compiled version. cache: one with a slot for
+    each of the P + R tokens, to be used again.
     """
     B, P = queries.shape
     R = uniforms.shape[1]
     if cache is None:
-        cache = static_cache(model.config, P + R)
+        cache = utils.static_cache(model.config, P + R)
     cache.reset()
     stop_ids = torch.as_tensor(stop_ids, device=queries.device)
-    prompt_lengths = query_mask.long().sum(1, keepdim=True)
-    positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)
-    # The slots of the cache that may be read. Rows that have ended go on with pads, which nobody
-    # looks at, until all have ended.
-    key_mask = F.pad(query_mask.long(), (0, R))
-    options = {"temperature": temperature, "allowed": allowed, "past_key_values": cache}
+    # By slot of the cache: all but the padding of the prompt may be read, and the first real token
+    # of a row has position 0. Causal attention hides the slots that are not filled yet.
+    slot_mask = F.pad(query_mask.long(), (0, R), value=1)
+    positions = (slot_mask.cumsum(1) - 1).clamp(min=0)
 
     responses = torch.full((B, R), pad_id, device=queries.device)
     ended = torch.zeros(B, dtype=torch.bool, device=queries.device)
-    # The whole prompt at once, uncompiled, and then one token after another.
-    next_tokens = decode_step(
-        model,
-        queries,
-        uniforms[:, 0],
-        attention_mask=key_mask,
-        position_ids=positions,
-        **options,
-    )
+    # First the whole prompt is fed, uncompiled, and then one token after another.
+    tokens = queries
+    start = 0
     for t in range(R):
+        end = P + t
+        step_fn = decode_step if t == 0 else step
+        next_tokens = step_fn(
+            model,
+            tokens,
+            uniforms[:, t],
+            temperature,
+            allowed,
+            position_ids=positions[:, start:end],
+            attention_mask=slot_mask,
+            past_key_values=cache,
+        )
+        # A row that has ended goes on with pads until all have ended.
         responses[:, t] = torch.where(ended, pad_id, next_tokens)
         if t >= min_length:
             ended = ended | torch.isin(next_tokens, stop_ids)
-        if t == R - 1 or ended.all():
+        if ended.all():
             break
-        key_mask[:, P + t] = 1
-        next_tokens = step(
-            model,
-            responses[:, t, None],
-            uniforms[:, t + 1],
-            attention_mask=key_mask,
-            position_ids=prompt_lengths + t,
-            **options,
-        )
+        tokens = responses[:, t, None]
+        start = end
     return responses
 
 
@@ -569,68 +546,103 @@ def next_prompts(prompts, update, args, ranks):
     B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
     first = (update - 1) * args.batch_size
-    order = prompt_order(len(prompts), first, args.batch_size, args.seed)
-    generator = seeded(args.seed, "uniforms", update)
+    order = utils.prompt_order(len(prompts), first, args.batch_size, args.seed)
+    generator = utils.seeded(args.seed, "uniforms", update)
     uniforms = torch.rand(args.batch_size, args.response_length, generator=generator)
     return [prompts[i] for i in order[mine]], uniforms[mine].to(ranks.device)
 
 
 def rollout(sampler, prompts, uniforms, longest_prompt, eos_id, **sampling):
-    """Sample a response to each prompt and pack each row to the left.
+    """Sample a response to each prompt: the batch of `pack_responses`.
 
-    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R), and has_eos
-    (B,): whether a response ended by itself. sampling: the options of `generate`.
+    sampling: the options of `generate`.
     """
     sequences = [ids for ids, _ in prompts]
     pad_id = sampling["pad_id"]
-    queries, query_mask = left_pad(sequences, longest_prompt, pad_id, uniforms.device)
+    queries, query_mask = utils.left_pad(sequences, longest_prompt, pad_id, uniforms.device)
     responses = generate(sampler, queries, query_mask, uniforms, **sampling)
+    stop_ids = sampling["stop_ids"]
+    return pack_responses(queries, query_mask, responses, stop_ids, sampling["min_length"], eos_id)
 
-    min_length = sampling["min_length"]
-    mask = response_mask(responses, sampling["stop_ids"], min_length)
-    is_stop = torch.isin(responses, sampling["stop_ids"]) & mask
-    has_eos = is_stop[:, min_length:].any(1)
 
-    both_masks = torch.cat([query_mask, mask], dim=1)
-    input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), both_masks)
+def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id):
+    """Join prompts (B,P) and responses (B,R), and pack each row to the left.
+
+    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R), and has_eos
+    (B,): whether an end token ended the response.
+    """
+    mask = response_mask(responses, stop_ids, min_length)
+    is_end = torch.isin(responses, stop_ids) & mask
+    has_eos = is_end[:, min_length:].any(1)
+
+    is_real = torch.cat([query_mask, mask], dim=1)
+    input_ids, lengths = utils.pack_rows(torch.cat([queries, responses], dim=1), is_real)
     is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    # After a row, log-probabilities are computed too and then masked. The pad has probability 0, so
-    # its log-probability would be -inf and its gradient NaN: EOS, a possible token, stands there.
+    # What stands after the end is computed too and then masked. So it must be an allowed id, like
+    # EOS: the log-probability of a pad would be -inf, and its gradient NaN.
     return {
-        "input_ids": torch.where(is_real, input_ids, eos_id),
+        "input_ids": input_ids.masked_fill(~is_real, eos_id),
         "is_real": is_real,
         "prompt_lengths": query_mask.sum(1),
-        "responses": responses,
+        "responses": responses.masked_fill(~mask, eos_id),
         "mask": mask,
         "has_eos": has_eos,
     }
 
 
-@torch.no_grad()
-def score_batch(batch, model, reference, reward_model, args):
-    """logprobs, values and ref_logprobs (B,R), 0 outside the mask, and raw_scores (B,).
+def select(batch, rows):
+    """Some rows of every tensor, cut after their longest sequence and their longest response.
 
-    Without a reward model the raw scores are 0, for a reward function to replace.
+    input_ids and is_real are (B,T), prompt and response; every other 2-d tensor is (B,R).
     """
+    index = torch.tensor(rows, device=batch["mask"].device)
+    part = {name: x[index] for name, x in batch.items()}
+    T = part["is_real"].sum(1).max().item()
+    R = part["mask"].sum(1).max().item()
+    for name, x in part.items():
+        if x.ndim == 2:
+            length = T if name in ("input_ids", "is_real") else R
+            part[name] = x[:, :length]
+    return part
+
+
+def micro_batches(batch, rows, args, ranks=None):
+    """Yield (row numbers, those rows of the batch) in micro-batches of rows of similar length.
+
+    With ranks: only this rank's share of the rows.
+    """
+    lengths = batch["is_real"].sum(1).tolist()
+    for group in utils.split_by_length(rows, lengths, args.micro_batch_size, ranks):
+        yield group, select(batch, group)
+
+
+@torch.no_grad()
+def score_tokens(batch, model, reference, args):
+    """logprobs, values and ref_logprobs (B,R) from before the update; 0 outside the mask."""
     mask = batch["mask"]
     names = ("logprobs", "values", "ref_logprobs")
     scored = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
-    raw_scores = torch.zeros(len(mask), device=mask.device)
-    for rows in split_by_length(total_lengths(batch), args.micro_batch_size):
-        rows = rows.to(mask.device, non_blocking=True)
-        part = select(batch, rows)
+    for rows, part in micro_batches(batch, range(len(mask)), args):
+        with utils.autocast(args, mask.device):
+            output = model(part)
+            ref_hidden = response_hidden(reference, part)
+            ref_logprobs, _ = response_logprobs(reference, ref_hidden, part, model.logprobs_fn)
+        output["ref_logprobs"] = ref_logprobs
         R = part["mask"].shape[1]
-        with autocast(args, mask.device):
-            output = model(part["input_ids"], part["prompt_lengths"], R)
-            ref_output = reference(part["input_ids"], part["prompt_lengths"], R)
-            if reward_model is not None:  # is_real only says where each row ends.
-                raw_scores[rows] = last_token_scores(
-                    reward_model, part["input_ids"], part["is_real"]
-                )
-        output["ref_logprobs"] = ref_output["logprobs"]
         for name in names:
             scored[name][rows, :R] = torch.where(part["mask"], output[name], 0.0)
-    return {**scored, "raw_scores": raw_scores}
+    return scored
+
+
+@torch.no_grad()
+def score_responses(batch, reward_model, args):
+    """What the reward model says of each response, (B,)."""
+    mask = batch["mask"]
+    scores = torch.zeros(len(mask), device=mask.device)
+    for rows, part in micro_batches(batch, range(len(mask)), args):
+        with utils.autocast(args, mask.device):
+            scores[rows] = last_token_scores(reward_model, part["input_ids"], part["is_real"])
+    return scores
 
 
 def final_scores(raw_scores, has_eos, moments, args):
@@ -652,71 +664,60 @@ def final_scores(raw_scores, has_eos, moments, args):
     return scores
 
 
-def accumulate_gradients(train_model, full_batch, minibatch, loss_fn, args, ranks):
-    """Forward and backward of this rank's share of a minibatch, in micro-batches of similar length.
+def accumulate_gradients(model, batch, minibatch, loss_fn, args, ranks):
+    """Forward and backward of a minibatch; every rank ends with the gradient of all of it.
 
-    full_batch: the rows of all ranks. minibatch: row numbers, on the CPU, the same on all ranks.
-    Returns the `Means` of this rank's share.
+    batch: the rows of all ranks. minibatch: row numbers, the same on all ranks. Returns the `Means`
+    of this rank's share.
     """
-    means = Means()
-    # The real tokens of the minibatch, in the shares of all ranks together.
-    num_tokens = full_batch["mask"][minibatch.to(ranks.device)].sum()
-    lengths = total_lengths(full_batch)[minibatch]
-    groups = split_by_length(lengths, args.micro_batch_size, ranks)  # Indices into minibatch.
-    for i, group in enumerate(groups):
-        rows = minibatch[group].to(ranks.device, non_blocking=True)
-        part = select(full_batch, rows)
-        # With several ranks, DDP exchanges gradients in the last backward only.
-        train_model.require_backward_grad_sync = i + 1 == len(groups)
-        with autocast(args, ranks.device):
-            R = part["mask"].shape[1]
-            new = train_model(part["input_ids"], part["prompt_lengths"], R)
-            loss_sum, stats = loss_fn(new, part, args)
-        loss = loss_sum / num_tokens
-        # DDP averages gradients over ranks; the factor turns that average into a sum.
-        (loss * ranks.world_size).backward()
+    means = utils.Means()
+    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()
+    for _, part in micro_batches(batch, minibatch.tolist(), args, ranks):
+        with utils.autocast(args, ranks.device):
+            new = model(part)
+        loss_sum, stats = loss_fn(new, part, args)
+        (loss_sum / num_tokens).backward()
         means.add(stats, part["mask"])
+    utils.sum_gradients(model)
     return means
 
 
-def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
+def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
     """num_epochs passes over the batch of all ranks, in num_minibatches optimizer steps each.
 
     batch: this rank's rows. Returns the metrics of the steps taken, and how many were taken and
     skipped. Raises UserError if all were skipped.
     """
-    full_batch = {name: all_gather(x) for name, x in batch.items()}
-    means = Means()
+    full_batch = {name: utils.all_gather(x) for name, x in batch.items()}
+    means = utils.Means()
     counts = {"optim/steps": 0, "optim/skipped": 0, "optim/early_stops": 0}
     minibatches = []  # Of all epochs, so that one break ends the update.
     for epoch in range(args.num_epochs):
-        generator = seeded(args.seed, "minibatches", update, epoch)
+        generator = utils.seeded(args.seed, "minibatches", update, epoch)
         order = torch.randperm(args.batch_size, generator=generator)
         minibatches += order.split(args.batch_size // args.num_minibatches)
 
     for minibatch in minibatches:
-        step_means = accumulate_gradients(train_model, full_batch, minibatch, loss_fn, args, ranks)
+        optimizer.zero_grad()
+        step_means = accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks)
         max_norm = args.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(train_model.parameters(), max_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         step_means.add({"optim/grad_norm": grad_norm})
 
         # Means over all ranks, so that all ranks decide alike.
         stats = step_means.over_ranks()
         kl_limit = args.early_stop_kl or math.inf
-        is_too_far = stats["policy/approxkl_avg"] > kl_limit
-        ratio_is_fine = 1 / args.ratio_guard <= stats["val/ratio"] <= args.ratio_guard
-        gradient_is_fine = math.isfinite(stats["optim/grad_norm"])
-        if is_too_far and counts["optim/steps"] > 0:
+        if stats["policy/approxkl_avg"] > kl_limit and counts["optim/steps"] > 0:
             counts["optim/early_stops"] = 1
-            clear_gradients(optimizer)
             break
-        if ratio_is_fine and gradient_is_fine:
+        ratio_is_fine = 1 / args.ratio_guard <= stats["val/ratio"] <= args.ratio_guard
+        if ratio_is_fine and math.isfinite(stats["optim/grad_norm"]):
             optimizer.step()
             means.merge(step_means)
             counts["optim/steps"] += 1
         else:
             counts["optim/skipped"] += 1
-        clear_gradients(optimizer)
+    optimizer.zero_grad()  # Frees the memory of the gradients.
 
     if counts["optim/steps"] == 0:
         reason = "no step had a finite gradient and a ratio within --ratio_guard"
@@ -731,8 +732,8 @@ def optimize(train_model, optimizer, batch, loss_fn, update, args, ranks):
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
     errors = returns - values
-    error_variance = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    error_variance = utils.masked_mean((errors - utils.masked_mean(errors, mask)) ** 2, mask)
+    variance = utils.masked_mean((returns - utils.masked_mean(returns, mask)) ** 2, mask)
     if variance < 1e-8:
         return 0.0
     return (1 - error_variance / variance).item()
@@ -744,7 +745,7 @@ def rollout_metrics(batch, kl_coef, extra):
     log_ratio = batch["logprobs"] - batch["ref_logprobs"]
     k3 = torch.exp(-log_ratio) - 1 + log_ratio
     kl = log_ratio.sum(1)
-    means = Means()
+    means = utils.Means()
     means.add(
         {
             "objective/kl": kl,
@@ -764,13 +765,13 @@ def rollout_metrics(batch, kl_coef, extra):
     return means.over_ranks() | {"val/explained_var": explained}
 
 
-def sample_columns(batch, rows, texts, count=16):
+def sample_columns(batch, dataset_rows, texts, count=16):
     """Score, KL, query and response of the first rows, as lists by name."""
     kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
     return {
         "score": batch["scores"][:count].tolist(),
         "kl": kl[:count].tolist(),
-        "query": [row["prompt"] for row in rows[:count]],
+        "query": [row["prompt"] for row in dataset_rows[:count]],
         "response": texts[:count],
     }
 
@@ -781,17 +782,19 @@ def sample_columns(batch, rows, texts, count=16):
 
 def check_flags(args):
     """Refuse what is out of bounds or cannot work together, before anything is loaded."""
-    check_shared_flags(args)
-    check_at_least(args, 1, "num_epochs", "num_minibatches", "query_length", "response_length")
-    check_at_least(args, 0, "min_length", "kl_coef")
-    check_finite(args, "entropy_coef")
-    check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_score")
-    check_above_zero(args, "target_kl_nats", "kl_horizon", "early_stop_kl")
-    check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
+    utils.check_shared_flags(args)
+    utils.check_at_least(
+        args, 1, "num_epochs", "num_minibatches", "query_length", "response_length"
+    )
+    utils.check_at_least(args, 0, "min_length", "kl_coef")
+    utils.check_finite(args, "entropy_coef")
+    utils.check_above_zero(args, "temperature", "cliprange", "cliprange_high", "cliprange_score")
+    utils.check_above_zero(args, "target_kl_nats", "kl_horizon", "early_stop_kl")
+    utils.check_divides(args.batch_size, args.total_episodes, "--total_episodes by --batch_size")
     if args.missing_eos_score != "none":
-        check_finite(args, "missing_eos_score")
-    check_at_least(args, 0, "gamma", "lam", "vf_coef")
-    check_above_zero(args, "cliprange_value")
+        utils.check_finite(args, "missing_eos_score")
+    utils.check_at_least(args, 0, "gamma", "lam", "vf_coef")
+    utils.check_above_zero(args, "cliprange_value")
     if args.gamma > 1 or args.lam > 1:
         raise UserError("--gamma and --lam: must be at most 1")
     if not 1 < args.ratio_guard < math.inf:
@@ -809,40 +812,42 @@ def check_flags(args):
 def choose_models(args):
     """Fill in the newest finished runs of the earlier stages where no model is named."""
     if args.model is None:
-        args.model = newest_run("sft", args.dataset)
+        args.model = utils.newest_run("sft", args.dataset)
     if args.reward_model is None and args.reward_fn is None:
-        args.reward_model = newest_run("reward_model", args.dataset)
+        args.reward_model = utils.newest_run("reward_model", args.dataset)
 
 
 def load_reward_function(spec, flag, prompts):
     """The function that a flag names, called once so that mistakes show early; none without one."""
     if spec is None:
         return None
-    function = load_function(spec, flag)
+    function = utils.load_function(spec, flag)
     rows = [row for _, row in prompts[:2]]
-    call_reward_fn(function, rows, [""] * len(rows), "cpu")
+    utils.call_reward_fn(function, rows, [""] * len(rows), "cpu")
     return function
 
 
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, reward_model), the last one None without --reward_model."""
-    policy, _ = load_pretrained(AutoModelForCausalLM, args.model)
-    check_positions(policy.config, num_positions, "--response_length", args.model)
-    fit_to_tokenizer(policy, tokenizer, all_eos_ids(policy, tokenizer))
+    policy, _ = utils.load_pretrained(AutoModelForCausalLM, args.model)
+    utils.check_positions(policy.config, num_positions, "--response_length", args.model)
+    utils.fit_to_tokenizer(policy, tokenizer, utils.all_eos_ids(policy, tokenizer))
     policy.to(device)
-    check_decoding(policy, num_positions, args.model)
+    utils.check_decoding(policy, num_positions, args.model)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if args.precision == "bf16":
-        to_bf16(reference)
+        utils.to_bf16(reference)
     if not args.reward_model:
         return policy, reference, None
 
     kind = AutoModelForSequenceClassification
-    reward_model, _ = load_pretrained(kind, args.reward_model, num_labels=1)
-    check_positions(reward_model.config, num_positions, "--response_length", args.reward_model)
-    fit_to_tokenizer(reward_model, tokenizer, policy.config.eos_token_id)
+    reward_model, _ = utils.load_pretrained(kind, args.reward_model, num_labels=1)
+    utils.check_positions(
+        reward_model.config, num_positions, "--response_length", args.reward_model
+    )
+    utils.fit_to_tokenizer(reward_model, tokenizer, policy.config.eos_token_id)
     if args.precision == "bf16":
-        to_bf16(reward_model.base_model)  # Its score head stays in fp32.
+        utils.to_bf16(reward_model.base_model)  # Its score head stays in fp32.
     return policy, reference, reward_model.requires_grad_(False).to(device)
 
 
@@ -855,8 +860,8 @@ def load_critic(args, tokenizer, policy):
     starts_as_reward_model = args.reward_model and args.value_trunk == "separate"
     path = args.reward_model if starts_as_reward_model else args.model
     # A language model has no score.weight: that may be missing, and is set here.
-    critic, _ = load_pretrained(kind, path, ["score.weight"], num_labels=1)
-    fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
+    critic, _ = utils.load_pretrained(kind, path, ["score.weight"], num_labels=1)
+    utils.fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
     if not starts_as_reward_model:
         torch.nn.init.zeros_(critic.score.weight)
         # If --model is only a config, both were random, each in its own way: make them equal.
@@ -867,68 +872,68 @@ def load_critic(args, tokenizer, policy):
     return critic.to(policy.device)
 
 
-def sampling_options(args, tokenizer, policy, longest_prompt, allowed):
-    """The options of `generate`, with a cache to reuse, and a compiled step if asked."""
-    stop_ids = stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
+def make_sampler(args, tokenizer, policy, longest_prompt, allowed):
+    """(a copy of the policy to sample from, the options of `generate`).
+
+    The copy must be made before the policy's layers are compiled: under --compile its decoding step
+    is compiled as a whole.
+    """
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    if args.precision == "bf16":
+        utils.to_bf16(sampler)
     step = decode_step
     if args.compile:
         step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
-    return {
+    stop_ids = utils.stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
+    sampling = {
         "temperature": args.temperature,
         "stop_ids": torch.tensor(stop_ids, device=allowed.device),
         "pad_id": tokenizer.pad_token_id,
         "allowed": allowed,
         "min_length": args.min_length,
-        "cache": static_cache(policy.config, longest_prompt + args.response_length),
         "step": step,
+        "cache": utils.static_cache(policy.config, longest_prompt + args.response_length),
     }
+    return sampler, sampling
 
 
 def main(args):
-    args = resolve_args(args)
+    args = utils.resolve_args(args)
     check_flags(args)
     choose_models(args)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = utils.load_tokenizer(args.model)
     if args.reward_model:
-        check_same_tokenizer(args.reward_model, tokenizer, args.model)
-    prompts = load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
+        utils.check_same_tokenizer(args.reward_model, tokenizer, args.model)
+    prompts = utils.load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
     reward_fn = load_reward_function(args.reward_fn, "--reward_fn", prompts)
     monitor_fn = load_reward_function(args.monitor_fn, "--monitor_fn", prompts)
     P = max(len(ids) for ids, _ in prompts)
 
-    ranks = init_ranks(args.timeout_minutes)
+    ranks = utils.init_ranks(args.timeout_minutes)
     device = ranks.device
     parts = ranks.world_size * args.num_minibatches
-    check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
+    utils.check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     num_positions = P + args.response_length
     policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
     critic = load_critic(args, tokenizer, policy)
-    allowed = allowed_ids(tokenizer, policy.config.vocab_size, device)
-
-    # Responses are sampled from a copy of the policy, which is in bf16 where asked. It is made
-    # before the layers are compiled, because its decoding step is compiled as a whole. Its weights
-    # are refreshed before each rollout.
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    if args.precision == "bf16":
-        to_bf16(sampler)
-    sampling = sampling_options(args, tokenizer, policy, P, allowed)
+    allowed = utils.allowed_ids(tokenizer, policy.config.vocab_size, device)
+    sampler, sampling = make_sampler(args, tokenizer, policy, P, allowed)
 
     logprobs_fn = token_logprobs
     if args.compile:
-        compile_layers(policy, reference, critic, reward_model)
+        utils.compile_layers(policy, reference, critic, reward_model)
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
-    actor = Actor(policy, args.temperature, allowed, logprobs_fn)
-    reference = Actor(reference, args.temperature, allowed, logprobs_fn)
-    model = ActorCritic(actor, critic)
-    train_model = wrap(model, ranks)
+    logprobs_fn = functools.partial(logprobs_fn, temperature=args.temperature, allowed=allowed)
+    model = ActorCritic(policy, critic, logprobs_fn)
+    utils.broadcast_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
     controller = AdaptiveKLController(args.kl_coef, args.target_kl_nats, args.kl_horizon)
     moments = RunningMoments()
 
-    run = Run(args, ranks, "ppo_rlhf")
+    run = utils.Run(args, ranks, Path(__file__).stem)
     state = {"model": model, "optimizer": optimizer}
     state |= {"controller": controller, "moments": moments}
     done = run.load_checkpoint(state) if args.resume else 0
@@ -936,22 +941,24 @@ def main(args):
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
     shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped"]
 
-    for update in progress(done, num_updates, ranks, run.script):
+    for update in utils.progress(done, num_updates, ranks, run.script):
         # 1. Rollout: sample a response to each prompt.
-        watch = Stopwatch(device)
-        copy_weights(policy, sampler)
+        watch = utils.Stopwatch(device)
+        utils.copy_weights(policy, sampler)
         batch_prompts, uniforms = next_prompts(prompts, update, args, ranks)
         batch = rollout(sampler, batch_prompts, uniforms, P, tokenizer.eos_token_id, **sampling)
+        dataset_rows = [row for _, row in batch_prompts]
+        texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
         watch.lap("time/rollout")
 
-        # 2. Score: log-probabilities, values and the score that each response is paid.
-        batch |= score_batch(batch, model, reference, reward_model, args)
-        rows = [row for _, row in batch_prompts]
-        texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
+        # 2. Score: a score for each response, log-probabilities and values for each token.
         if reward_fn is not None:
-            batch["raw_scores"] = call_reward_fn(reward_fn, rows, texts, device)
-        batch["scores"] = final_scores(batch["raw_scores"], batch["has_eos"], moments, args)
-
+            raw_scores = utils.call_reward_fn(reward_fn, dataset_rows, texts, device)
+        else:
+            raw_scores = score_responses(batch, reward_model, args)
+        batch["raw_scores"] = raw_scores
+        batch["scores"] = final_scores(raw_scores, batch["has_eos"], moments, args)
+        batch |= score_tokens(batch, model, reference, args)
         watch.lap("time/score")
 
         # 3. Advantages.
@@ -961,32 +968,32 @@ def main(args):
         # 4. Update.
         lr = args.lr * (1 - (update - 1) / num_updates)
         optimizer.param_groups[0]["lr"] = lr
-        metrics = optimize(train_model, optimizer, batch, ppo_loss, update, args, ranks)
+        metrics = optimize(model, optimizer, batch, ppo_loss, update, args, ranks)
         watch.lap("time/update")
 
         # Log, adapt the price of the KL, save.
         extra = {}
         if monitor_fn is not None:
             name = f"monitor/{monitor_fn.__name__}"
-            extra[name] = call_reward_fn(monitor_fn, rows, texts, device)
+            extra[name] = utils.call_reward_fn(monitor_fn, dataset_rows, texts, device)
         metrics |= rollout_metrics(batch, kl_coef, extra)
         metrics |= watch.laps
-        metrics["eps"] = args.batch_size / sum(watch.laps.values())  # Episodes per second.
+        metrics["time/episodes_per_second"] = args.batch_size / sum(watch.laps.values())
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
         run.log(update, metrics, [*shown, *extra])
         if update % 10 == 0 or update in (1, num_updates):
-            run.show_samples(update, sample_columns(batch, rows, texts))
+            run.show_samples(update, sample_columns(batch, dataset_rows, texts))
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update, state)
 
     if ranks.is_main:
-        save_pretrained(run.folder / "critic", critic, tokenizer)
-        save_pretrained(run.folder / "model", policy, tokenizer)
+        utils.save_pretrained(run.folder / "critic", critic, tokenizer)
+        utils.save_pretrained(run.folder / "model", policy, tokenizer)
         print(f"\nmodel folder  {run.folder}/model")
         print(f"next          python tools/evaluate.py --run {run.folder}")
 
 
 if __name__ == "__main__":
-    launch(main, tyro.cli(Args, use_underscores=True))
+    utils.launch(main, tyro.cli(Args, use_underscores=True))

@@ -279,7 +279,7 @@ def gradients_of(rank, script, options):
     optimizers = []
     batches = []
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
-    split_by_length = module.split_by_length
+    split_by_length = utils.split_by_length
     micro_batch_loss = getattr(module, "micro_batch_loss", None)
 
     def recorded_optimizer(*args, **kwargs):
@@ -295,8 +295,8 @@ def gradients_of(rank, script, options):
         return micro_batch_loss(model, rows, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "init_ranks", lambda timeout_minutes: ranks)
-        patch.setattr(module, "split_by_length", recorded_split)
+        patch.setattr(utils, "init_ranks", lambda timeout_minutes: ranks)
+        patch.setattr(utils, "split_by_length", recorded_split)
         if micro_batch_loss is not None:
             patch.setattr(module, "micro_batch_loss", recorded_loss)
         patch.setattr(torch.optim, "AdamW", recorded_optimizer)

@@ -5,8 +5,6 @@ traces the graph and differentiates it as the usual one does, `eager` only trace
 goes through the usual one.
 """
 
-import importlib
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,9 +26,8 @@ SCRIPTS = scripts_in_the_root()
 
 def compiled_gradients_of(rank, script, options, backend):
     """(gradients of each step, number of compilations before each step and at the end)."""
-    module = importlib.import_module(script)
     torch_compile = torch.compile
-    progress = module.progress
+    progress = utils.progress
     counter = CompileCounterWithBackend(backend)
     counts = []
 
@@ -46,7 +43,7 @@ def compiled_gradients_of(rank, script, options, backend):
     torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", counted_compile)
-        patch.setattr(module, "progress", watched_progress)
+        patch.setattr(utils, "progress", watched_progress)
         history, _ = gradients_of(rank, script, options | {"compile": True})
     return history, counts
 

@@ -127,8 +127,8 @@ BUGS = [
     Bug(
         "the first action is terminal",
         checks=["example", "step"],
-        old="columns == num_actions - 1",
-        new="columns == 0 * num_actions",
+        old="column == num_actions - 1",
+        new="column == 0 * num_actions",
     ),
     Bug(
         "the value of the same state is bootstrapped",
@@ -328,32 +328,32 @@ BUGS = [
     Bug(
         "greedy decoding samples",
         checks=["greedy"],
-        old="return ilql.steered_logits(hidden, beta, allowed).argmax(-1)",
-        new="temperature = 1.0",
+        old="    if temperature == 0:\n        return likeliest.squeeze(1)\n",
+        new="    temperature = temperature or 1.0\n",
     ),
     Bug(
         "an id that is forbidden is brought back",
         checks=["forbidden ids"],
-        old="logits = logits.masked_fill(~allowed, -math.inf)\n        values",
-        new="logits = logits.masked_fill(~allowed, -10)\n        values",
+        old="logits = logits.masked_fill(~allowed, -math.inf)",
+        new="logits = logits.masked_fill(~allowed, -10)",
     ),
     Bug(
         "padding counts as positions of the prompt",
         checks=["decoding"],
-        old="positions = (query_mask.long().cumsum(1) - 1).clamp(min=0)",
-        new="positions = torch.arange(P).expand(B, P)",
+        old="positions = (slot_mask.cumsum(1) - 1).clamp(min=0)",
+        new="positions = torch.arange(P + R).expand(B, P + R)",
     ),
     Bug(
         "a new token one position late",
         checks=["decoding"],
-        old="position_ids=prompt_lengths + t,",
-        new="position_ids=prompt_lengths + t + 1,",
+        old="position_ids=positions[:, start:end],",
+        new="position_ids=positions[:, start:end] + (t > 0),",
     ),
     Bug(
-        "a new token cannot be read",
+        "the response cannot be read",
         checks=["decoding"],
-        old="key_mask[:, P + t] = 1",
-        new="key_mask[:, P + t - 1] = 1",
+        old="F.pad(query_mask.long(), (0, R), value=1)",
+        new="F.pad(query_mask.long(), (0, R), value=0)",
     ),
     Bug(
         "all rows end with the first that ends",
@@ -414,8 +414,8 @@ BUGS = [
     Bug(
         "rows of one token more than --max_length",
         checks=["long rows"],
-        old='len(row["input_ids"]) + 1 <= args.max_length',
-        new='len(row["input_ids"]) <= args.max_length',
+        old='return len(row["input_ids"]) + 1',
+        new='return len(row["input_ids"])',
     ),
     Bug(
         "rewards cut to integers, as in the code of the paper's per-utterance variant",
@@ -452,15 +452,15 @@ BUGS = [
     Bug(
         "samples of the model as it was at the start",
         checks=["better letter", "moment"],
-        old="                copy_weights(ilql, sampler)\n",
+        old="                utils.copy_weights(ilql, sampler)\n",
         new="",
         matters=True,
     ),
     Bug(
         "the same noise in every evaluation",
         checks=["samples"],
-        old='seeded(args.seed, "samples", steps_done)',
-        new='seeded(args.seed, "samples")',
+        old='utils.seeded(args.seed, "samples", step)',
+        new='utils.seeded(args.seed, "samples")',
     ),
     Bug(
         "optimizer state lost on resume",

@@ -18,6 +18,7 @@ import ilql_rlhf
 import ppo_rlhf
 import utils
 from conftest import FAMILIES, ROOT, build_tokenizer, refuses, write_jsonl
+from tasks import randomwalks
 
 pytestmark = pytest.mark.fast
 
@@ -407,11 +408,11 @@ def test_inputs_are_standardised_over_the_states_of_rows_spread_over_the_data(fo
     for i in range(130):
         ids = [2 + (i * k) % 29 for k in range(1, 3 + i % 5)]
         states = list(range(i % 2, len(ids)))
-        rows.append(row_of(ids, states, [EOS] * len(states), [0.0] * len(states)))
+        rows.append(row_of([*ids, EOS], states, [EOS] * len(states), [0.0] * len(states)))
     ilql_rlhf.standardise_inputs(ilql, rows, EOS)
     found = []
     for row in rows[::2]:
-        hidden = ilql.policy.base_model(torch.tensor([row["input_ids"]])).last_hidden_state
+        hidden = ilql.policy.base_model(torch.tensor([row["input_ids"][:-1]])).last_hidden_state
         found.append(hidden[0, row["states"]])
     found = torch.cat(found)
     close(ilql.hidden_mean, found.mean(0))
@@ -574,10 +575,10 @@ def slow_response(ilql, prompt, uniforms, beta, temperature, allowed):
     for u in uniforms.double():
         output = ilql.policy(torch.tensor([prompt + response]), output_hidden_states=True)
         h = output.hidden_states[-1][0, -1]
-        logits = output.logits[0, -1].double() / (temperature or 1.0)
-        logits = logits.masked_fill(~allowed, -INF)
+        logits = output.logits[0, -1].double()
         target = torch.stack([network(q, h) for q in ilql.target_qs]).amin(0)
         steered = torch.log_softmax(logits, dim=-1) + beta * (target - network(ilql.v, h))
+        steered = steered.masked_fill(~allowed, -INF) / (temperature or 1.0)
         cumulative = steered.softmax(-1).cumsum(-1)
         token = int((cumulative <= u * cumulative[-1]).sum())
         if temperature == 0:
@@ -711,7 +712,7 @@ def test_the_worked_example_of_the_manual(reward):
         "{% endfor %}"
     )
     row = ilql_rlhf.encode_row(tokenizer, {"messages": turns("u", "x", "v", "y"), "reward": reward})
-    assert tokenizer.decode(row["input_ids"]) == tokens[:7]  # They end before the last action.
+    assert tokenizer.decode(row["input_ids"]) == tokens
     assert row["states"] == [1, 2, 5, 6]
     assert tokenizer.decode(row["actions"]) == "x|y|"
     assert tokens[: row["states"][0] + 1] == "u:"
@@ -764,10 +765,10 @@ def test_the_actions_of_a_completion_are_its_tokens_and_one_eos(tokenizer, encod
         {"prompt": "ab", "completion": "", "reward": 2.0},
     ]
     rows, statistics = encode(data, tokenizer)
-    assert rows[0] == row_of([2, 3, 4, 5], [1, 2, 3], [4, 5, EOS], [0.0, 0.0, 0.25])
+    assert rows[0] == row_of([2, 3, 4, 5, EOS], [1, 2, 3], [4, 5, EOS], [0.0, 0.0, 0.25])
     # An EOS that the user wrote ends the completion.
-    assert rows[1] == row_of([2, 3, 4], [1, 2], [4, EOS], [0.0, 1.0])
-    assert rows[2] == row_of([2, 3], [1], [EOS], [2.0])
+    assert rows[1] == row_of([2, 3, 4, EOS], [1, 2], [4, EOS], [0.0, 1.0])
+    assert rows[2] == row_of([2, 3, EOS], [1], [EOS], [2.0])
     assert statistics == {"reward_mean": 0.0, "reward_std": 1.0}
 
 
@@ -777,12 +778,12 @@ def test_tokens_of_the_environment_are_no_actions(chat_tokenizer, encode, reward
     [row], _ = encode(
         [{"messages": turns("ab", "cd", "e", "f", "gh"), "reward": reward}], chat_tokenizer
     )
-    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf"
+    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf|"
     assert row["states"] == [3, 4, 5, 9, 10]
     assert chat_tokenizer.decode(row["actions"]) == "cd|f|"
     r1, r2 = reward if isinstance(reward, list) else (0.0, reward)
     assert row["rewards"] == [0.0, 0.0, r1, 0.0, r2]
-    whole = [*row["input_ids"], EOS]
+    whole = row["input_ids"]
     assert [whole[i + 1] for i in row["states"]] == row["actions"]
 
 
@@ -792,7 +793,7 @@ def test_what_the_template_writes_after_a_turn_is_the_environments(chat_tokenize
     [row], _ = encode(
         [{"messages": turns("ab", "cd", "e", "f"), "reward": [1.0, 2.0]}], chat_tokenizer
     )
-    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd| UeAf"
+    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd| UeAf|"
     assert chat_tokenizer.decode(row["actions"]) == "cd|f|"
     assert row["rewards"] == [0.0, 0.0, 1.0, 0.0, 2.0]
 
@@ -800,7 +801,7 @@ def test_what_the_template_writes_after_a_turn_is_the_environments(chat_tokenize
 def test_a_template_without_an_eos_gets_one_after_each_turn(chat_tokenizer, encode):
     chat_tokenizer.chat_template = TEMPLATE.replace("|{% else %}", "{% else %}")
     [row], _ = encode([{"messages": turns("ab", "cd", "e", "f"), "reward": 1.0}], chat_tokenizer)
-    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf"
+    assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf|"
     assert chat_tokenizer.decode(row["actions"]) == "cd|f|"
 
 
@@ -821,7 +822,7 @@ def test_assistant_turns_inside_a_prompt_are_no_actions(chat_tokenizer, encode):
     for completion in (answer, "f"):
         row = {"prompt": prompt, "completion": completion, "reward": 1.0}
         [row], _ = encode([row], chat_tokenizer)
-        assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf"
+        assert chat_tokenizer.decode(row["input_ids"]) == "UabAcd|UeAf|"
         assert chat_tokenizer.decode(row["actions"]) == "f|"
         assert row["rewards"] == [0.0, 1.0]
 
@@ -842,13 +843,14 @@ def test_rows_over_max_length_are_left_out_and_counted(tokenizer, encode, capsys
         {"prompt": "a", "completion": "x", "reward": 0.5},
     ]
     rows, _ = encode(data, tokenizer, max_length=6)
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abxyz", "ax"]
-    left_out = "rows.parquet: left out 2 of 4 rows longer than --max_length 6\n"
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abxyz|", "ax|"]
+    left_out = "rows.parquet: left out 2 of 4 rows longer than 6 tokens (--max_length)\n"
     assert capsys.readouterr().out.endswith(left_out)
     rows, _ = encode(data, tokenizer, max_length=8)
     assert len(rows) == 4
     assert capsys.readouterr().out == ""
-    with pytest.raises(utils.UserError, match=r"no row is left; .* longer than --max_length 2"):
+    message = r"no row is left: all 4 have over 2 tokens \(--max_length\)"
+    with pytest.raises(utils.UserError, match=message):
         encode(data, tokenizer, max_length=2)
 
 
@@ -965,7 +967,10 @@ def test_mistakes_in_the_file_end_in_one_line(capsys, gpt2_folder, tmp_path):
 
 
 def test_collate():
-    rows = [row_of([5, 6, 7], [1, 2], [7, EOS], [0.0, 0.5]), row_of([5], [0], [EOS], [2.0])]
+    rows = [
+        row_of([5, 6, 7, EOS], [1, 2], [7, EOS], [0.0, 0.5]),
+        row_of([5, EOS], [0], [EOS], [2.0]),
+    ]
     batch = ilql_rlhf.collate(rows, 9)
     assert {name: x.tolist() for name, x in batch.items()} == {
         "input_ids": [[5, 6, 7], [5, 9, 9]],
@@ -978,19 +983,14 @@ def test_collate():
     assert batch["rewards"].dtype == torch.float32
 
 
-def test_collate_of_no_row_is_an_action_that_does_not_count():
-    batch = ilql_rlhf.collate([], 9)
-    assert batch["input_ids"].tolist() == [[9]]
-    assert batch["states"].tolist() == [[0]]
-    assert batch["mask"].tolist() == [[False]]
-
-
 # --------------------------------------------------------------------------------------------------
 # What samples are drawn from and scored by
 
 
-def test_the_embedded_task_has_its_own_prompts_and_score(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_embedded_task_has_its_own_prompts_and_score(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    randomwalks.main(randomwalks.Args(num_pairs=40))
+    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     args = ilql_rlhf.Args()
     tokenizer = utils.load_tokenizer(args.model)
     prompts, scorer = ilql_rlhf.load_evaluation(args, tokenizer)
@@ -1016,7 +1016,7 @@ def test_prompts_leave_room_for_a_response(tmp_path, tokenizer, capsys):
     )
     prompts, _ = ilql_rlhf.load_evaluation(args, tokenizer)
     assert prompts == [([2, 3, 4], {"prompt": "abc"})]
-    assert "prompts.jsonl: left out 1 of 2 prompts longer than 3 tokens" in capsys.readouterr().out
+    assert "prompts.jsonl: left out 1 of 2 rows longer than 3 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [NAN, INF])

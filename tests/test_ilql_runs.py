@@ -382,13 +382,14 @@ def test_gradients_are_scaled_down_to_max_grad_norm(settings, tmp_path):
 def watch_scoring(monkeypatch):
     """[(rows, texts, scores)] of every call of a reward function."""
     calls = []
+    call_reward_fn = utils.call_reward_fn
 
     def watched(function, rows, texts, device):
-        scores = utils.call_reward_fn(function, rows, texts, device)
+        scores = call_reward_fn(function, rows, texts, device)
         calls.append((list(rows), list(texts), scores.tolist()))
         return scores
 
-    monkeypatch.setattr(ilql_rlhf, "call_reward_fn", watched)
+    monkeypatch.setattr(utils, "call_reward_fn", watched)
     return calls
 
 
@@ -448,7 +449,7 @@ def scores_on_rank(rank, flags):
     """The scores of a run's last evaluation, alone or on one of two connected ranks."""
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, CPU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ilql_rlhf, "init_ranks", lambda timeout_minutes: ranks)
+        patch.setattr(utils, "init_ranks", lambda timeout_minutes: ranks)
         folder = run(flags)
     return {key: x for key, x in lines(folder)[-1].items() if key.startswith("eval/")}
 
@@ -738,11 +739,11 @@ MISTAKES = {
     ),
     "all too long": (
         flags(max_length=2, response_length=1),
-        "rated.jsonl: no row is left; every one is longer than --max_length 2",
+        r"rated.jsonl: no row is left: all 12 have over 2 tokens \(--max_length\)",
     ),
     "all prompts too long": (
         lambda tmp_path: prompts({"prompt": "abcdef"})(tmp_path) | {"max_length": 10},
-        r"p.jsonl: no prompt is left; all have over 5 tokens \(--max_length\)",
+        r"p.jsonl: no row is left: all 1 have over 5 tokens \(--max_length\)",
     ),
     "tau": (flags(tau=0.0), "--tau 0.0: must be above 0"),
     "gamma": (flags(gamma=1.5), "--gamma 1.5: must be at most 1"),
@@ -764,7 +765,7 @@ MISTAKES = {
     ),
     "an empty prompt": (
         prompts({"prompt": "a"}, {"prompt": ""}),
-        "p.jsonl: row 2 has an empty prompt",
+        "p.jsonl: row 2: its prompt is empty",
     ),
     "a prompt that needs a template": (
         prompts({"prompt": turns("a")}),
@@ -783,7 +784,7 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(
 ):
     """It is found out before a model is loaded."""
     change, match = MISTAKES[mistake]
-    monkeypatch.setattr(ilql_rlhf, "load_pretrained", None)
+    monkeypatch.setattr(utils, "load_pretrained", None)
     refuses(capsys, "ilql_rlhf", settings(tmp_path / "run") | change(tmp_path), match)
 
 
@@ -792,7 +793,7 @@ def test_mistakes_that_need_the_model(settings, tmp_path, capsys, monkeypatch):
     flags = settings(tmp_path / "run", response_length=64)
     refuses(capsys, "ilql_rlhf", flags, r"--max_length: 65 tokens are more than the 64 positions")
     two_ranks = utils.Ranks(0, 2, CPU)
-    monkeypatch.setattr(ilql_rlhf, "init_ranks", lambda timeout_minutes: two_ranks)
+    monkeypatch.setattr(utils, "init_ranks", lambda timeout_minutes: two_ranks)
     flags = settings(tmp_path / "run", batch_size=3)
     refuses(capsys, "ilql_rlhf", flags, "--batch_size by the number of ranks: 3 cannot")
     flags = settings(tmp_path / "run", eval_samples=3)
@@ -929,7 +930,7 @@ def learn(ilql, rows, tau, steps, lr):
         rewards = [0.0] * (len(ids) - 2) + [reward]
         states = list(range(len(ids) - 1))
         encoded.append(
-            {"input_ids": ids[:-1], "states": states, "actions": ids[1:], "rewards": rewards}
+            {"input_ids": ids, "states": states, "actions": ids[1:], "rewards": rewards}
         )
     batch = ilql_rlhf.collate(encoded, EOS)
     data = [batch[name] for name in ("actions", "rewards", "terminal", "mask")]

@@ -67,8 +67,11 @@ BUGS = [
         "old log-probs in another precision",
         "old and new ones must come from the same forward: else the first ratio is not 1",
         tests=["test_learning_rate_zero_changes_nothing[gpt2-bf16]"],
-        old="with autocast(args, mask.device):",
-        new="with torch.autocast(mask.device.type, enabled=False):",
+        old="with utils.autocast(args, mask.device):\n            output = model(part)",
+        new=(
+            "with torch.autocast(mask.device.type, enabled=False):\n"
+            "            output = model(part)"
+        ),
     ),
     Bug(
         "slice off by one",
@@ -77,8 +80,8 @@ BUGS = [
             "test_actor_critic_against_rows_without_padding[gpt2]",
             "test_first_step_is_the_policy_gradient[gpt2]",
         ],
-        old="(positions - 1)[..., None]",
-        new="positions[..., None]",
+        old='batch["prompt_lengths"][:, None] - 1 + t',
+        new='batch["prompt_lengths"][:, None] + t',
         matters=True,
     ),
     Bug(
@@ -98,15 +101,19 @@ BUGS = [
             "test_actor_critic_against_rows_without_padding[gpt2]",
             "test_logged_statistics_are_those_of_the_real_tokens",
         ],
-        old="(logits, tokens, self.temperature, self.allowed)",
-        new="(logits, tokens, 1.0, self.allowed)",
+        old="partial(logprobs_fn, temperature=args.temperature, allowed=allowed)",
+        new="partial(logprobs_fn, temperature=1.0, allowed=allowed)",
     ),
     Bug(
         "temperature missing in the reference",
         "the KL is not 0 between equal models",
         tests=["test_logged_statistics_are_those_of_the_real_tokens"],
-        old="Actor(reference, args.temperature,",
-        new="Actor(reference, 1.0,",
+        old="response_logprobs(reference, ref_hidden, part, model.logprobs_fn)",
+        new=(
+            "response_logprobs(\n                reference,\n                ref_hidden,\n"
+            "                part,\n                "
+            "functools.partial(model.logprobs_fn, temperature=1.0),\n            )"
+        ),
         matters=True,
     ),
     Bug(
@@ -116,8 +123,8 @@ BUGS = [
             "test_actor_critic_against_rows_without_padding[gpt2]",
             "test_first_step_is_the_policy_gradient[gpt2]",
         ],
-        old="(logits, tokens, self.temperature, self.allowed)",
-        new="(logits, tokens, self.temperature)",
+        old="partial(logprobs_fn, temperature=args.temperature, allowed=allowed)",
+        new="partial(logprobs_fn, temperature=args.temperature)",
     ),
     Bug(
         "log-softmax in bf16",
@@ -187,8 +194,8 @@ BUGS = [
         "critic reads the policy's hidden states",
         "as if the two always shared a network",
         tests=["test_actor_critic_against_rows_without_padding[gpt2]"],
-        old="if self.critic.base_model is self.actor.model.base_model:",
-        new="if True:",
+        old="if self.critic.base_model is not self.policy.base_model:",
+        new="if False:",
     ),
     Bug(
         "value head not zero at first",
@@ -212,8 +219,8 @@ BUGS = [
             "test_generate_is_the_slow_loop[gpt2-0.7-0]",
             "test_sampled_entropy_estimates_the_entropy",
         ],
-        old="sample_tokens(head_logits(model, hidden), uniforms, temperature, allowed)",
-        new="sample_tokens(head_logits(model, hidden), uniforms, 1.0, allowed)",
+        old="sample_tokens(utils.head_logits(model, hidden), uniforms, temperature, allowed)",
+        new="sample_tokens(utils.head_logits(model, hidden), uniforms, 1.0, allowed)",
     ),
     Bug(
         "top-k left on in sampling",
@@ -244,27 +251,23 @@ BUGS = [
             "test_generate_is_the_slow_loop[gpt2-1.0-0]",
             "test_generate_does_not_see_padding_or_neighbours[gpt2]",
         ],
-        old=(
-            "prompt_lengths = query_mask.long().sum(1, keepdim=True)\n    positions = (query_mask"
-        ),
-        new=(
-            "prompt_lengths = torch.full((B, 1), P)\n    positions = (torch.ones_like(query_mask)"
-        ),
+        old="positions = (slot_mask.cumsum(1) - 1).clamp(min=0)",
+        new="positions = torch.arange(P + R).expand(B, P + R)",
         matters=True,
     ),
     Bug(
         "positions of the steps off by one",
         "the prompt and the first token of a response stand at one place",
         tests=["test_generate_is_the_slow_loop[gpt2-1.0-0]"],
-        old="position_ids=prompt_lengths + t",
-        new="position_ids=prompt_lengths + t - 1",
+        old="        start = end\n",
+        new="        start = end - 1\n        end = start\n",
     ),
     Bug(
-        "the last token cannot be read",
-        "its slot in the cache is opened one step late",
+        "the response cannot be read",
+        "every token is chosen by the prompt alone",
         tests=["test_generate_is_the_slow_loop[gpt2-1.0-0]"],
-        old="key_mask[:, P + t] = 1",
-        new="key_mask[:, P + t - 1] = 1",
+        old="F.pad(query_mask.long(), (0, R), value=1)",
+        new="F.pad(query_mask.long(), (0, R), value=0)",
     ),
     Bug(
         "tokens after the stop",
@@ -304,8 +307,8 @@ BUGS = [
             "test_prompts_and_uniforms_depend_on_seed_and_update_alone",
             "test_every_update_samples_anew",
         ],
-        old='seeded(args.seed, "uniforms", update)',
-        new='seeded(args.seed, "uniforms")',
+        old='utils.seeded(args.seed, "uniforms", update)',
+        new='utils.seeded(args.seed, "uniforms")',
     ),
     Bug(
         "the same noise on every rank",
@@ -339,7 +342,7 @@ BUGS = [
             "test_the_sampler_is_the_policy_of_the_moment[fp32]",
             "test_the_sampler_is_the_policy_of_the_moment[bf16]",
         ],
-        old="        copy_weights(policy, sampler)\n",
+        old="        utils.copy_weights(policy, sampler)\n",
         new="",
         matters=True,
     ),
@@ -389,15 +392,16 @@ BUGS = [
         "the mask goes by the id",
         "with pad_token = eos_token the EOS itself is masked, and with it the score",
         tests=["test_rollout_packs_what_was_sampled[gpt2-0]", "test_samples_add_up_to_the_metrics"],
-        old='mask = response_mask(responses, sampling["stop_ids"], min_length)',
-        new='mask = ~torch.isin(responses, sampling["stop_ids"]) & (responses != pad_id)',
+        old="mask = response_mask(responses, stop_ids, min_length)",
+        new="mask = response_mask(responses, stop_ids, min_length)\n"
+        "    mask = mask & ~torch.isin(responses, stop_ids)",
     ),
     Bug(
         "a stop before min_length is an end",
         "a response that ran to the limit counts as finished, because it held EOS early on",
         tests=["test_a_stop_before_min_length_is_no_end"],
-        old="is_stop[:, min_length:].any(1)",
-        new="is_stop.any(1)",
+        old="is_end[:, min_length:].any(1)",
+        new="is_end.any(1)",
     ),
     Bug(
         "is_real one token too long",
@@ -413,7 +417,7 @@ BUGS = [
         "padding of id 0",
         "which may be the pad, of which the library warns in every forward without a mask",
         tests=["test_rollout_packs_what_was_sampled[gpt2-0]"],
-        old="torch.where(is_real, input_ids, eos_id)",
+        old="input_ids.masked_fill(~is_real, eos_id)",
         new="input_ids",
     ),
     Bug(
@@ -424,7 +428,6 @@ BUGS = [
         ],
         old='part["is_real"].sum(1).max()',
         new='part["is_real"].sum(1).min()',
-        file="utils.py",
     ),
     Bug(
         "responses cut after the shortest of a micro-batch",
@@ -435,7 +438,6 @@ BUGS = [
         ],
         old='part["mask"].sum(1).max()',
         new='part["mask"].sum(1).min()',
-        file="utils.py",
     ),
     Bug(
         "micro-batches of any lengths",
@@ -444,8 +446,8 @@ BUGS = [
             "test_rows_of_similar_length_go_together",
             "test_scoring_and_update_compute_little_padding",
         ],
-        old="torch.as_tensor(lengths).argsort(stable=True)",
-        new="torch.arange(len(lengths))",
+        old="sorted((int(row) for row in rows), key=lambda row: lengths[row])",
+        new="[int(row) for row in rows]",
         file="utils.py",
     ),
     Bug(
@@ -462,8 +464,8 @@ BUGS = [
             "test_score_batch_gives_each_row_its_own_numbers[gpt2-4]",
             "test_reward_model_scores_and_starts_the_critic",
         ],
-        old="raw_scores[rows] = last_token_scores(",
-        new="raw_scores[rows.sort().values] = last_token_scores(",
+        old="scores[rows] = last_token_scores(",
+        new="scores[sorted(rows)] = last_token_scores(",
     ),
     # ---- Scores and rewards
     Bug(
@@ -515,7 +517,7 @@ BUGS = [
         "moments of each rank by itself",
         "ranks then normalise with different numbers, and equal texts have unequal scores",
         tests=["test_running_moments_pool_the_ranks"],
-        old="sum_over_ranks(sums).tolist()",
+        old="utils.sum_over_ranks(sums).tolist()",
         new="sums.tolist()",
     ),
     Bug(
@@ -595,8 +597,8 @@ BUGS = [
             "test_targets_are_whitened_advantages_and_returns_of_gae",
             "test_first_step_is_the_policy_gradient[gpt2]",
         ],
-        old='"advantages": whiten(advantages, mask)',
-        new='"advantages": whiten(advantages, torch.ones_like(mask))',
+        old='"advantages": utils.whiten(advantages, mask)',
+        new='"advantages": utils.whiten(advantages, torch.ones_like(mask))',
         matters=True,
     ),
     Bug(
@@ -617,8 +619,11 @@ BUGS = [
             "test_targets_are_whitened_advantages_and_returns_of_gae",
             "test_first_loss_of_a_zero_critic",
         ],
-        old='whiten(advantages, mask), "returns": returns}',
-        new='whiten(advantages, mask), "returns": whiten(advantages, mask) + batch["values"]}',
+        old='utils.whiten(advantages, mask), "returns": returns}',
+        new=(
+            "utils.whiten(advantages, mask), "
+            '"returns": utils.whiten(advantages, mask) + batch["values"]}'
+        ),
     ),
     Bug(
         "whitened rewards lose their mean",
@@ -627,8 +632,8 @@ BUGS = [
             "test_targets_are_whitened_advantages_and_returns_of_gae[True]",
             "test_whitened_rewards_keep_their_mean",
         ],
-        old="whiten(rewards, mask, shift_mean=False)",
-        new="whiten(rewards, mask)",
+        old="utils.whiten(rewards, mask, shift_mean=False)",
+        new="utils.whiten(rewards, mask)",
     ),
     Bug(
         "gamma and lam swapped",
@@ -709,47 +714,53 @@ BUGS = [
         "mean of means over micro-batches",
         "TRL and the TL;DR reproduction: 40% off the minibatch's gradient",
         tests=["test_gradients_on_two_ranks_and_in_micro_batches[gpt2]"],
-        old="loss = loss_sum / num_tokens",
-        new='loss = loss_sum / part["mask"].sum() / len(groups)',
+        old="(loss_sum / num_tokens).backward()",
+        new=(
+            "size = args.micro_batch_size * ranks.world_size\n"
+            "        num_parts = math.ceil(len(minibatch) / size) * ranks.world_size\n"
+            '        (loss_sum / part["mask"].sum() / num_parts).backward()'
+        ),
         matters=True,
     ),
     Bug(
         "gradient over the local token count",
-        "DDP's mean of per-rank means: right on one rank, wrong on two of unequal length",
+        "a mean of per-rank means: right on one rank, wrong on two of unequal length",
         tests=["test_micro_batches_and_ranks_do_not_change_the_update[gpt2]"],
-        old="loss = loss_sum / num_tokens",
+        old="(loss_sum / num_tokens).backward()",
         new=(
-            "mine = minibatch[torch.cat(groups)]\n"
-            '        loss = loss_sum / full_batch["mask"][mine].sum() / ranks.world_size'
+            'lengths = batch["is_real"].sum(1).tolist()\n'
+            "        mine = utils.split_by_length(minibatch, lengths, len(lengths), ranks)[0]\n"
+            '        num_tokens = batch["mask"][mine].sum() * ranks.world_size\n'
+            "        (loss_sum / num_tokens).backward()"
         ),
     ),
     Bug(
-        "number of ranks forgotten",
-        "DDP averages what should be added up: the gradient shrinks with every rank",
+        "gradients averaged over the ranks",
+        "as DDP does, where they should be added up: the gradient shrinks with every rank",
         tests=["test_gradients_on_two_ranks_and_in_micro_batches[gpt2]"],
-        old="(loss * ranks.world_size).backward()",
-        new="loss.backward()",
+        old="(loss_sum / num_tokens).backward()",
+        new="(loss_sum / num_tokens / ranks.world_size).backward()",
     ),
     Bug(
-        "a forward beside the wrapper",
-        "the ILQL authors' loop calls the unwrapped model, so DDP never averages a gradient",
+        "gradients that stay on their rank",
+        "the ILQL authors' loop calls the unwrapped model, so that DDP exchanges nothing",
         tests=["test_gradients_on_two_ranks_and_in_micro_batches[gpt2]"],
-        old="new = train_model(",
-        new='new = getattr(train_model, "module", train_model)(',
+        old="    utils.sum_gradients(model)\n",
+        new="",
         matters=True,
     ),
     Bug(
-        "gradients exchanged after the first micro-batch",
-        "what the later ones add stays on its rank",
+        "gradients exchanged in every micro-batch",
+        "what the earlier ones have added is added up over the ranks again",
         tests=["test_gradients_on_two_ranks_and_in_micro_batches[gpt2]"],
-        old="train_model.require_backward_grad_sync = i + 1 == len(groups)",
-        new="train_model.require_backward_grad_sync = i == 0",
+        old='        means.add(stats, part["mask"])\n    utils.sum_gradients(model)\n',
+        new='        means.add(stats, part["mask"])\n        utils.sum_gradients(model)\n',
     ),
     Bug(
         "every rank trains on its own rows",
         "the batch of all ranks is not gathered",
         tests=["test_micro_batches_and_ranks_do_not_change_the_update[gpt2]"],
-        old="{name: all_gather(x) for name, x in batch.items()}",
+        old="{name: utils.all_gather(x) for name, x in batch.items()}",
         new="{name: torch.cat([x] * ranks.world_size) for name, x in batch.items()}",
     ),
     Bug(
@@ -770,8 +781,8 @@ BUGS = [
         "minibatches of one seed",
         "runs of another seed share the order of their minibatches",
         tests=["test_everything_random_depends_on_the_seed"],
-        old='seeded(args.seed, "minibatches"',
-        new='seeded(1, "minibatches"',
+        old='utils.seeded(args.seed, "minibatches"',
+        new='utils.seeded(1, "minibatches"',
     ),
     Bug(
         "minibatches in an unseeded order",
@@ -837,8 +848,8 @@ BUGS = [
         "steps of gradients that are not finite",
         "one NaN in the loss, and every weight is NaN for good",
         tests=["test_a_step_of_exploded_ratio_or_gradient_is_skipped"],
-        old='gradient_is_fine = math.isfinite(stats["optim/grad_norm"])',
-        new="gradient_is_fine = True",
+        old='if ratio_is_fine and math.isfinite(stats["optim/grad_norm"]):',
+        new="if ratio_is_fine:",
     ),
     Bug(
         "an early stop counts as a skipped step",
@@ -883,7 +894,7 @@ BUGS = [
         old="done = run.load_checkpoint(state) if args.resume else 0",
         new=(
             "done = run.load_checkpoint(state) if args.resume else 0\n"
-            "    copy_weights(policy, reference)"
+            "    utils.copy_weights(policy, reference)"
         ),
     ),
     Bug(

@@ -410,9 +410,9 @@ def test_steered_kl_is_that_of_the_steered_distribution(world, steered, tmp_path
         smaller_q = torch.minimum(*(q(hidden) for q in ilql.target_qs))
         advantage = smaller_q - ilql.v(hidden)
         logits = ilql.policy.lm_head(hidden)
-        logits[:, NUM_ALLOWED:] = -math.inf
-        steered_logits = torch.log_softmax(logits / temperature, dim=-1) + 1.5 * advantage
-        logprobs = torch.log_softmax(steered_logits, dim=-1)
+        steered_logits = torch.log_softmax(logits, dim=-1) + 1.5 * advantage
+        steered_logits[:, NUM_ALLOWED:] = -math.inf
+        logprobs = torch.log_softmax(steered_logits / temperature, dim=-1)
         logprob = logprobs.gather(1, torch.tensor(response)[:, None]).sum().item()
         kl = logprob - plain_logprobs(reference, row, temperature)
         assert row["kl"] == pytest.approx(kl, abs=1e-4)
@@ -746,7 +746,7 @@ MISTAKES = [
     ({"pairs": "{pairs}"}, "needs --reward_models"),
     ({"pairs": "{prompts}", "reward_models": ("{judge}",)}, "needs chosen+rejected"),
     ({"pairs": "{pairs}", "reward_models": ("{judge}",), "greedy": True}, "need a policy"),
-    ({"pairs": "{pairs}", "reward_models": ("{judge}",), "max_length": 1}, "no pair is left"),
+    ({"pairs": "{pairs}", "reward_models": ("{judge}",), "max_length": 1}, "no row is left"),
 ]
 
 

@@ -33,7 +33,7 @@ width, N values of an estimate.
 
 Rules that you might not expect:
     - With --beta everything, kl included, is about the policy that ILQL's Q and V steer. The
-      temperature divides the logits of pi_beta before they are steered, and those of the reference.
+      temperature divides the steered logits, and those of the reference.
     - `std` is the standard deviation over responses. Differences between models are often quoted in
       those of the SFT model.
     - Best of n is the exact expectation over all n-subsets of the m responses that were sampled to
@@ -74,14 +74,15 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ilql_rlhf import generate_steered, load_ilql
-from ppo_rlhf import Actor, generate, last_token_scores, response_hidden, response_mask
-from ppo_rlhf import response_positions, token_logprobs
+from ppo_rlhf import generate, last_token_scores, pack_responses, response_hidden
+from ppo_rlhf import response_logprobs, select, token_logprobs
 from reward_model import collate
 from utils import Ranks, UserError, all_eos_ids, allowed_ids, autocast, call_reward_fn
 from utils import check_at_least, check_decoding, check_path, check_positions, encode_pair
+from utils import encode_rows
 from utils import environment, fit_to_tokenizer, has_no_weights, init_ranks, launch, left_pad
 from utils import load_function, load_pretrained, load_prompts, load_rows, load_tokenizer
-from utils import pack_rows, progress, seeded, select, stop_token_ids, to_bf16, to_device
+from utils import leave_out_long, progress, seeded, stop_token_ids, to_bf16, to_device
 
 # Rows of --pairs with at least this margin are also counted apart.
 CLEAR_MARGIN = 0.5
@@ -266,9 +267,12 @@ class PlainPolicy:
 
     def logprobs(self, batch, temperature):
         """The log-probability (B,R) of each response token of packed rows."""
-        actor = Actor(self.model, temperature, self.allowed)
-        R = batch["mask"].shape[1]
-        return actor(batch["input_ids"], batch["prompt_lengths"], R)["logprobs"]
+        logprobs_fn = functools.partial(
+            token_logprobs, temperature=temperature, allowed=self.allowed
+        )
+        hidden = response_hidden(self.model, batch)
+        logprobs, _ = response_logprobs(self.model, hidden, batch, logprobs_fn)
+        return logprobs
 
 
 class SteeredPolicy:
@@ -299,16 +303,11 @@ class SteeredPolicy:
 
     def logprobs(self, batch, temperature):
         """The log-probability (B,R) of each response token of packed rows."""
-        input_ids = batch["input_ids"]
-        R = batch["mask"].shape[1]
-        positions = response_positions(input_ids, batch["prompt_lengths"], R)
-        hidden = response_hidden(self.ilql.policy, input_ids, positions)
-        # One row for each state, as while decoding. The temperature is in these logits already.
-        logits = self.ilql.steered_logits(
-            hidden.flatten(0, 1), self.beta, self.allowed, temperature
-        )
+        hidden = response_hidden(self.ilql.policy, batch)
+        # One row for each state, as while decoding.
+        logits = self.ilql.steered_logits(hidden.flatten(0, 1), self.beta)
         logits = logits.unflatten(0, hidden.shape[:2])
-        logprobs, _ = token_logprobs(logits, input_ids.gather(1, positions), temperature=1.0)
+        logprobs, _ = token_logprobs(logits, batch["responses"], temperature, self.allowed)
         return logprobs
 
 
@@ -426,34 +425,23 @@ def choose_prompts(prompts, args):
 
 
 def sample_batch(prompts, uniforms, temperature, world):
-    """Sample a response to each prompt and pack each row to the left.
-
-    Returns input_ids and is_real (B,T), prompt_lengths (B,), responses and mask (B,R), and has_eos
-    (B,), cut after the longest row and the longest response.
-    """
-    pad_id = world.tokenizer.pad_token_id
-    min_length = world.args.min_length
+    """Sample a response to each prompt: the batch of `pack_responses`, cut to its longest rows."""
+    tokenizer = world.tokenizer
     sequences = [ids for ids, _ in prompts]
     P = max(len(ids) for ids in sequences)
-    queries, query_mask = left_pad(sequences, P, pad_id, uniforms.device)
+    queries, query_mask = left_pad(sequences, P, tokenizer.pad_token_id, uniforms.device)
     responses = world.policy.sample(
-        queries, query_mask, uniforms, temperature, world.stop_ids, pad_id
+        queries, query_mask, uniforms, temperature, world.stop_ids, tokenizer.pad_token_id
     )
-    mask = response_mask(responses, world.stop_ids, min_length)
-    is_stop = torch.isin(responses, world.stop_ids) & mask
-
-    both_masks = torch.cat([query_mask, mask], dim=1)
-    input_ids, lengths = pack_rows(torch.cat([queries, responses], dim=1), both_masks)
-    is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    batch = {
-        "input_ids": torch.where(is_real, input_ids, world.tokenizer.eos_token_id),
-        "is_real": is_real,
-        "prompt_lengths": query_mask.sum(1),
-        "responses": responses,
-        "mask": mask,
-        "has_eos": is_stop[:, min_length:].any(1),
-    }
-    return select(batch, slice(None))
+    batch = pack_responses(
+        queries,
+        query_mask,
+        responses,
+        world.stop_ids,
+        world.args.min_length,
+        tokenizer.eos_token_id,
+    )
+    return select(batch, range(len(sequences)))
 
 
 def measure(batch, policy, reference, temperature):
@@ -558,27 +546,20 @@ def evaluate_policy(args, functions, names, ranks):
 def load_pairs(args, tokenizer):
     """[{"chosen", "rejected", "group", "margin"}] of the rows of --pairs that fit, short first.
 
-    chosen and rejected are token ids. group: the prompt, or the row's number where it has none.
+    chosen and rejected are token ids. group: the prompt, or the whole row where it has none.
     """
-    pairs = []
-    for number, row in enumerate(load_rows(args.pairs, [("chosen", "rejected")]), start=1):
+
+    def encode(row):
         prompt = row.get("prompt", "")
-        group = json.dumps(prompt) if prompt else number
-        pair = {"group": group, "margin": row.get("margin")}
+        pair = {"group": json.dumps(prompt or row, default=str), "margin": row.get("margin")}
         for side in ("chosen", "rejected"):
-            try:
-                pair[side] = encode_pair(tokenizer, prompt, row[side])
-            except Exception as error:  # Chat templates refuse conversations in many ways.
-                raise UserError(f"{args.pairs}: row {number}: {error}") from error
+            prompt_ids, response_ids = encode_pair(tokenizer, prompt, row[side])
+            pair[side] = prompt_ids + response_ids
         pair["length"] = max(len(pair["chosen"]), len(pair["rejected"]))
-        pairs.append(pair)
-    kept = [pair for pair in pairs if pair["length"] <= args.max_length]
-    if len(kept) < len(pairs):
-        left_out = f"left out {len(pairs) - len(kept)} of {len(pairs)} pairs"
-        print(f"{args.pairs}: {left_out} longer than {args.max_length} tokens")
-    if not kept:
-        reason = f"every one is longer than --max_length {args.max_length}"
-        raise UserError(f"{args.pairs}: no pair is left; {reason}")
+        return [pair]
+
+    pairs = encode_rows(args.pairs, load_rows(args.pairs, [("chosen", "rejected")]), encode)
+    kept = leave_out_long(args.pairs, pairs, lambda pair: pair["length"], args.max_length)
     # Rows of similar length share a forward.
     return sorted(kept, key=lambda pair: pair["length"])
 

@@ -53,18 +53,18 @@ def growth(mib):
 def watch_updates(ppo_args):
     """Run ppo_rlhf.py; returns the memory after each update."""
     mib = []
-    progress = ppo_rlhf.progress
+    progress = ppo_rlhf.utils.progress
 
     def watched(*arguments):
         for update in progress(*arguments):
             yield update
             mib.append(memory())
 
-    ppo_rlhf.progress = watched
+    ppo_rlhf.utils.progress = watched
     try:
         ppo_rlhf.main(ppo_args)
     finally:
-        ppo_rlhf.progress = progress
+        ppo_rlhf.utils.progress = progress
     return mib
 
 
