@@ -761,8 +761,7 @@ def rollout_metrics(batch, kl_coef, extra):
         }
     )
     means.add({"objective/kl_per_token": log_ratio, "objective/kl_k3_per_token": k3}, mask)
-    explained = explained_variance(batch["values"], batch["returns"], mask)
-    return means.over_ranks() | {"val/explained_var": explained}
+    return means.over_ranks()
 
 
 def sample_columns(batch, dataset_rows, texts, count=16):
@@ -977,6 +976,8 @@ def main(args):
             name = f"monitor/{monitor_fn.__name__}"
             extra[name] = utils.call_reward_fn(monitor_fn, dataset_rows, texts, device)
         metrics |= rollout_metrics(batch, kl_coef, extra)
+        explained_var = explained_variance(batch["values"], batch["returns"], batch["mask"])
+        metrics["val/explained_var"] = explained_var
         metrics |= watch.laps
         metrics["time/episodes_per_second"] = args.batch_size / sum(watch.laps.values())
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}

@@ -929,9 +929,7 @@ def learn(ilql, rows, tau, steps, lr):
     for ids, reward in rows:
         rewards = [0.0] * (len(ids) - 2) + [reward]
         states = list(range(len(ids) - 1))
-        encoded.append(
-            {"input_ids": ids, "states": states, "actions": ids[1:], "rewards": rewards}
-        )
+        encoded.append({"input_ids": ids, "states": states, "actions": ids[1:], "rewards": rewards})
     batch = ilql_rlhf.collate(encoded, EOS)
     data = [batch[name] for name in ("actions", "rewards", "terminal", "mask")]
     args = SimpleNamespace(tau=tau, gamma=GAMMA, beta=0.0, cql_weight=0.0, awac_weight=0.0)

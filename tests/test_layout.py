@@ -4,6 +4,7 @@ What the scripts compute on a packed batch is compared with single rows that hav
 definitions are plain calls of the library's models.
 """
 
+import functools
 import pytest
 import torch
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
 
 import utils
 from conftest import FAMILIES, GROUPED, SMALL
-from ppo_rlhf import Actor, ActorCritic, generate, last_token_scores
+from ppo_rlhf import ActorCritic, generate, last_token_scores, token_logprobs
 
 PAD = 0
 EOS = 1
@@ -60,12 +61,14 @@ def load(kind, config, attention, folder, seed=0):
 
 
 def packed_batch():
-    """input_ids (B,T), with EOS as padding, prompt_lengths (B,) and mask (B,R), as of a rollout."""
+    """input_ids (B,T), prompt_lengths (B,), responses and mask (B,R), as of a rollout."""
     rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
-    input_ids = utils.pad_right(rows, EOS)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
-    mask = utils.pad_right([[True] * len(response) for response in RESPONSES], False)
-    return input_ids, prompt_lengths, mask
+    return {
+        "input_ids": utils.pad_right(rows, EOS),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt in PROMPTS]),
+        "responses": utils.pad_right(RESPONSES, EOS),
+        "mask": utils.pad_right([[True] * len(response) for response in RESPONSES], False),
+    }
 
 
 def allowed_ids():
@@ -102,12 +105,14 @@ def test_a_packed_batch_is_its_rows_alone(config, attention, tmp_path):
     critic = load(
         AutoModelForSequenceClassification, config, attention, tmp_path / "critic", seed=1
     )
-    actor_critic = ActorCritic(Actor(policy, TEMPERATURE, allowed_ids()), critic)
+    logprobs_fn = functools.partial(token_logprobs, temperature=TEMPERATURE, allowed=allowed_ids())
+    actor_critic = ActorCritic(policy, critic, logprobs_fn)
     parameters = [x for x in actor_critic.parameters() if x.requires_grad]
-    input_ids, prompt_lengths, mask = packed_batch()
+    batch = packed_batch()
+    mask = batch["mask"]
     weights = torch.randn(3, *mask.shape)
 
-    output = actor_critic(input_ids, prompt_lengths, R)
+    output = actor_critic(batch)
     parts = torch.stack([output["logprobs"], output["entropy"], output["values"]])
     total = torch.where(mask, weights * parts, 0.0).sum()
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)

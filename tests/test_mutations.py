@@ -156,7 +156,7 @@ BUGS = [
         "a row that is shorter than its neighbours is scored after its end",
         tests=[
             "test_last_token_scores_wherever_the_padding_is[gpt2-0-right]",
-            "test_score_batch_gives_each_row_its_own_numbers[gpt2-4]",
+            "test_scoring_gives_each_row_its_own_numbers[gpt2-4]",
         ],
         old="hidden[rows, lengths - 1]",
         new="hidden[:, -1]",
@@ -424,7 +424,7 @@ BUGS = [
         "micro-batches cut after their shortest row",
         "the last tokens of all longer rows are not read",
         tests=[
-            "test_score_batch_gives_each_row_its_own_numbers[gpt2-4]",
+            "test_scoring_gives_each_row_its_own_numbers[gpt2-4]",
         ],
         old='part["is_real"].sum(1).max()',
         new='part["is_real"].sum(1).min()',
@@ -453,7 +453,7 @@ BUGS = [
     Bug(
         "values after the end of a response",
         "the critic's value of the padding stands where every reader expects 0",
-        tests=["test_score_batch_gives_each_row_its_own_numbers[gpt2-4]"],
+        tests=["test_scoring_gives_each_row_its_own_numbers[gpt2-4]"],
         old='torch.where(part["mask"], output[name], 0.0)',
         new='torch.where(part["mask"] | torch.tensor(name == "values"), output[name], 0.0)',
     ),
@@ -461,7 +461,7 @@ BUGS = [
         "scores in the order of the rows' lengths",
         "every score is paid to another row: training goes on, and learns nothing",
         tests=[
-            "test_score_batch_gives_each_row_its_own_numbers[gpt2-4]",
+            "test_scoring_gives_each_row_its_own_numbers[gpt2-4]",
             "test_reward_model_scores_and_starts_the_critic",
         ],
         old="scores[rows] = last_token_scores(",

@@ -5,6 +5,7 @@ ratio guard and early stop; what ends a response and what it may hold; what is l
 random; models that are refused; and everything at once.
 """
 
+import functools
 import copy
 import json
 import math
@@ -28,7 +29,7 @@ from transformers import (
 import ppo_rlhf
 import utils
 from conftest import build_config, write_jsonl
-from ppo_rlhf import Actor, ActorCritic, RunningMoments, load_critic, load_models
+from ppo_rlhf import ActorCritic, RunningMoments, load_critic, load_models, token_logprobs
 from test_ppo_runs import (
     PAD,
     R,
@@ -62,11 +63,11 @@ def recorded(name, flags, change=None, go=run):
     original = getattr(ppo_rlhf, name)
     calls = []
 
-    def watching(*args):
-        answer = original(*args)
+    def watching(*args, **options):
+        answer = original(*args, **options)
         if change is not None:
             answer = change(len(calls), answer)
-        calls.append((args, answer))
+        calls.append(((*args, *options.values()), answer))
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -103,11 +104,15 @@ def test_shared_trunk_is_one_trunk(request, kind, llama_rm_folder):
     torch.nn.init.normal_(critic.score.weight)
     separate_critic = copy.deepcopy(critic)
     allowed = torch.arange(VOCABULARY) != PAD
-    actor = Actor(policy, 0.7, allowed)
-    ids = torch.randint(2, 28, (3, 12))
-    prompt_lengths = torch.tensor([7, 3, 5])
-    shared = ActorCritic(actor, critic)(ids, prompt_lengths, 5)
-    separate = ActorCritic(actor, separate_critic)(ids, prompt_lengths, 5)
+    logprobs_fn = functools.partial(token_logprobs, temperature=0.7, allowed=allowed)
+    batch = {
+        "input_ids": torch.randint(2, 28, (3, 12)),
+        "prompt_lengths": torch.tensor([7, 3, 5]),
+        "responses": torch.randint(2, 28, (3, 5)),
+        "mask": torch.ones(3, 5, dtype=torch.bool),
+    }
+    shared = ActorCritic(policy, critic, logprobs_fn)(batch)
+    separate = ActorCritic(policy, separate_critic, logprobs_fn)(batch)
     assert shared.keys() == separate.keys() == {"logprobs", "entropy", "values"}
     for name in shared:
         torch.testing.assert_close(shared[name], separate[name], atol=1e-5, rtol=1e-5)
@@ -144,7 +149,7 @@ def test_value_loss_reaches_a_shared_trunk(settings, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ppo_rlhf, "load_critic", load)
             # Without advantages, the value loss is all there is.
-            patch.setattr(ppo_rlhf, "whiten", lambda x, mask, shift_mean=True: torch.zeros_like(x))
+            patch.setattr(utils, "whiten", lambda x, mask, shift_mean=True: torch.zeros_like(x))
             [(gradients, _)] = watched(None, flags)
         moves[trunk] = any(gradient.any() for gradient in gradients[:10])  # The policy's own.
     assert moves == {"shared": True, "separate": False}
@@ -572,7 +577,7 @@ def test_everything_random_depends_on_the_seed(settings, tmp_path, monkeypatch):
 
     seeded = utils.seeded
     monkeypatch.setattr(utils, "seeded", watching)
-    monkeypatch.setattr(ppo_rlhf, "seeded", watching)
+    monkeypatch.setattr(utils, "seeded", watching)
     run(settings(tmp_path / "run", seed=7, num_epochs=2, updates=2))
     assert {key[0] for key in keys} == {7}
     assert {key[1] for key in keys} == {"prompts", "uniforms", "minibatches"}

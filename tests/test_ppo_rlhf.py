@@ -4,6 +4,7 @@ What is expected is always worked out the long way round: plain Python loops, ro
 no cache.
 """
 
+import functools
 import copy
 import math
 
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ppo_rlhf
 import utils
 from ppo_rlhf import (
-    Actor,
     ActorCritic,
     AdaptiveKLController,
     RunningMoments,
@@ -35,11 +35,15 @@ from ppo_rlhf import (
     rollout,
     rollout_metrics,
     sample_tokens,
-    score_batch,
+    response_hidden,
+    response_logprobs,
+    score_responses,
+    score_tokens,
+    select,
     token_logprobs,
     value_loss,
 )
-from utils import Ranks, left_pad, pad_right, prompt_order, select, static_cache
+from utils import Ranks, left_pad, pad_right, prompt_order, static_cache
 
 pytestmark = pytest.mark.fast
 
@@ -613,7 +617,6 @@ def test_rollout_metrics_are_their_definitions():
         "objective/rlhf_reward": score_mean - 0.3 * kl,
         "val/sequence_lengths": sum(LENGTHS) / 4,
         "val/has_eos": 0.75,
-        "val/explained_var": explained_variance(batch["values"], batch["returns"], batch["mask"]),
         "monitor/extra": extra.mean().item(),
     }
     assert metrics == pytest.approx(expected, abs=1e-12)
@@ -863,15 +866,23 @@ def batch_of(extra=0, fill=EOS):
         "input_ids": input_ids,
         "is_real": mask_of(lengths, T + extra),
         "prompt_lengths": torch.tensor([len(query) for query in QUERIES]),
-        "responses": F.pad(pad_right(RESPONSES, PAD), (0, extra), value=PAD),
+        "responses": F.pad(pad_right(RESPONSES, fill), (0, extra), value=fill),
         "mask": mask_of(response_lengths, R + extra),
         "has_eos": torch.tensor([EOS in response for response in RESPONSES]),
     }
 
 
-def forward(model, batch):
-    """A forward of Actor or ActorCritic on a whole batch."""
-    return model(batch["input_ids"], batch["prompt_lengths"], batch["mask"].shape[1])
+def logprobs_at(temperature, allowed):
+    """`token_logprobs` with a temperature and allowed ids."""
+    return functools.partial(token_logprobs, temperature=temperature, allowed=allowed)
+
+
+LOGPROBS_FN = logprobs_at(0.7, ALLOWED)
+
+
+def logprobs_of(model, batch, logprobs_fn=LOGPROBS_FN):
+    """The log-probabilities (B,R) that a language model gives the responses."""
+    return response_logprobs(model, response_hidden(model, batch), batch, logprobs_fn)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -880,14 +891,13 @@ def forward(model, batch):
 
 @pytest.fixture
 def actor_critic(folders):
-    actor = Actor(load_policy(folders[0]), 0.7, ALLOWED)
-    return ActorCritic(actor, load_reward_model(folders[1]))
+    return ActorCritic(load_policy(folders[0]), load_reward_model(folders[1]), LOGPROBS_FN)
 
 
 @torch.no_grad()
 def test_actor_critic_against_rows_without_padding(actor_critic):
     """A fresh forward of each row alone; row i's token t is predicted at its place less 1."""
-    output = forward(actor_critic, batch_of())
+    output = actor_critic(batch_of())
     assert output.keys() == {"logprobs", "entropy", "values"}
     for x in output.values():
         assert x.shape == (4, R)
@@ -896,7 +906,7 @@ def test_actor_critic_against_rows_without_padding(actor_critic):
     centre = getattr(critic.config, "score_mean", 0.0)
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         ids = torch.tensor([query + response])
-        logits = actor_critic.actor.model(ids).logits[0].masked_fill(~ALLOWED, -INF)
+        logits = actor_critic.policy(ids).logits[0].masked_fill(~ALLOWED, -INF)
         hidden = critic.base_model(ids).last_hidden_state[0]
         for t, token in enumerate(response):
             before = len(query) + t - 1
@@ -911,15 +921,15 @@ def test_actor_critic_against_rows_without_padding(actor_critic):
 @pytest.mark.parametrize("fill", [PAD, EOS, 30])
 @torch.no_grad()
 def test_actor_critic_does_not_see_padding_or_neighbours(actor_critic, extra, fill):
-    expected = forward(actor_critic, batch_of())
+    expected = actor_critic(batch_of())
     mask = batch_of()["mask"]
     batch = batch_of(extra, fill)
-    output = forward(actor_critic, batch)
+    output = actor_critic(batch)
     for name, x in expected.items():
         got = output[name][:, :R][mask]
         torch.testing.assert_close(got, x[mask], atol=1e-5, rtol=1e-5)
     for i, response in enumerate(RESPONSES):
-        alone = forward(actor_critic, select(batch, torch.tensor([i])))
+        alone = actor_critic(select(batch, [i]))
         for name, x in expected.items():
             own = x[i, : len(response)]
             torch.testing.assert_close(alone[name][0], own, atol=1e-5, rtol=1e-5)
@@ -928,10 +938,10 @@ def test_actor_critic_does_not_see_padding_or_neighbours(actor_critic, extra, fi
 @torch.no_grad()
 def test_the_temperature_and_the_allowed_ids_are_those_of_the_actor(actor_critic):
     batch = batch_of()
-    expected = forward(actor_critic, batch)["logprobs"][batch["mask"]]
-    policy = actor_critic.actor.model
+    expected = actor_critic(batch)["logprobs"][batch["mask"]]
+    policy = actor_critic.policy
     for temperature, allowed in [(1.0, ALLOWED), (0.7, None)]:
-        other = forward(Actor(policy, temperature, allowed), batch)["logprobs"][batch["mask"]]
+        other = logprobs_of(policy, batch, logprobs_at(temperature, allowed))[batch["mask"]]
         assert (other - expected).abs().mean() > 1e-3
 
 
@@ -939,17 +949,17 @@ def test_the_temperature_and_the_allowed_ids_are_those_of_the_actor(actor_critic
 def test_the_reference_starts_at_no_distance(actor_critic):
     """Exactly: one function gives both sides, so there is nothing to round differently."""
     batch = batch_of()
-    reference = Actor(copy.deepcopy(actor_critic.actor.model), 0.7, ALLOWED)
-    logprobs = forward(actor_critic, batch)["logprobs"]
-    assert torch.equal(forward(reference, batch)["logprobs"], logprobs)
+    reference = copy.deepcopy(actor_critic.policy)
+    logprobs = actor_critic(batch)["logprobs"]
+    assert torch.equal(logprobs_of(reference, batch), logprobs)
 
 
 @torch.no_grad()
 def test_no_dropout_in_train_mode(actor_critic, folders):
     batch = batch_of()
     actor_critic.train()
-    first = forward(actor_critic, batch)
-    second = forward(actor_critic, batch)
+    first = actor_critic(batch)
+    second = actor_critic(batch)
     for name, x in first.items():
         assert torch.equal(second[name], x)
     untouched = AutoModelForCausalLM.from_pretrained(folders[0]).train()
@@ -986,10 +996,10 @@ def test_last_token_scores_wherever_the_padding_is(folders, side, extra):
 @torch.no_grad()
 def test_scores_and_values_are_fp32_under_bf16_autocast(actor_critic):
     batch = batch_of()
-    exact = forward(actor_critic, batch)
+    exact = actor_critic(batch)
     exact["scores"] = last_token_scores(actor_critic.critic, batch["input_ids"], batch["is_real"])
     with torch.autocast("cpu", torch.bfloat16):
-        output = forward(actor_critic, batch)
+        output = actor_critic(batch)
         model = actor_critic.critic
         output["scores"] = last_token_scores(model, batch["input_ids"], batch["is_real"])
     for name, x in output.items():
@@ -1001,6 +1011,29 @@ def test_scores_and_values_are_fp32_under_bf16_autocast(actor_critic):
 
 # --------------------------------------------------------------------------------------------------
 # Rollout and score
+
+
+def test_select_takes_rows_of_every_tensor_and_cuts_what_none_of_them_needs():
+    prompt_lengths = torch.tensor([1, 4, 2])
+    response_lengths = torch.tensor([3, 1, 2])
+    is_real = torch.arange(8) < (prompt_lengths + response_lengths)[:, None]
+    batch = {
+        "input_ids": torch.arange(24).view(3, 8),
+        "is_real": is_real,
+        "mask": torch.arange(5) < response_lengths[:, None],
+        "logprobs": torch.arange(15.0).view(3, 5),
+        "prompt_lengths": prompt_lengths,
+    }
+    part = select(batch, [2, 0])
+    assert part["input_ids"].tolist() == [[16, 17, 18, 19], [0, 1, 2, 3]]
+    assert part["is_real"].tolist() == [[True] * 4] * 2
+    assert part["mask"].tolist() == [[True, True, False], [True] * 3]
+    assert part["logprobs"].tolist() == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
+    assert part["prompt_lengths"].tolist() == [2, 1]
+    part = select(batch, [1])
+    assert part["input_ids"].tolist() == [[8, 9, 10, 11, 12]]
+    assert part["logprobs"].tolist() == [[5.0]]
+    assert batch["input_ids"].shape == (3, 8)
 
 
 def rows_of_prompts():
@@ -1024,7 +1057,7 @@ def test_rollout_packs_what_was_sampled(policy, min_length):
     for i, (query, u) in enumerate(zip(QUERIES, uniforms, strict=True)):
         response = slow_response(policy, query, u, 0.9, stop_ids, min_length)
         whole = query + response
-        assert batch["responses"][i].tolist() == response + [PAD] * (9 - len(response))
+        assert batch["responses"][i].tolist() == response + [EOS] * (9 - len(response))
         assert batch["mask"][i].tolist() == [t < len(response) for t in range(9)]
         assert batch["input_ids"][i].tolist() == whole + [EOS] * (17 - len(whole))
         assert batch["is_real"][i].tolist() == [t < len(whole) for t in range(17)]
@@ -1048,35 +1081,33 @@ def test_a_stop_before_min_length_is_no_end(policy, monkeypatch, last):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
 @torch.no_grad()
-def test_score_batch_gives_each_row_its_own_numbers(actor_critic, folders, micro_batch_size):
+def test_scoring_gives_each_row_its_own_numbers(actor_critic, folders, micro_batch_size):
     """Whatever the micro-batches, into which the rows go by length, and 0 outside the mask."""
     batch = batch_of(extra=2)
-    policy = actor_critic.actor.model
+    policy = actor_critic.policy
     torch.manual_seed(0)
-    other = copy.deepcopy(policy)
-    for parameter in other.parameters():
+    reference = copy.deepcopy(policy)
+    for parameter in reference.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
-    reference = Actor(other, 0.7, ALLOWED)
     reward_model = load_reward_model(folders[1])
     reward_model.score.weight *= 2
     args = ppo_rlhf.Args(micro_batch_size=micro_batch_size, precision="fp32")
-    scored = score_batch(batch, actor_critic, reference, reward_model, args)
+    scored = score_tokens(batch, actor_critic, reference, args)
+    raw_scores = score_responses(batch, reward_model, args)
     for i, (row, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
         length = len(response)
-        alone = select(batch, torch.tensor([i]))
-        new = forward(actor_critic, alone)
+        alone = select(batch, [i])
+        new = actor_critic(alone)
         expected = {"logprobs": new["logprobs"], "values": new["values"]}
-        expected["ref_logprobs"] = forward(reference, alone)["logprobs"]
+        expected["ref_logprobs"] = logprobs_of(reference, alone)
         for name, x in expected.items():
             assert scored[name].shape == batch["mask"].shape
             torch.testing.assert_close(scored[name][i, :length], x[0], atol=1e-5, rtol=1e-5)
             assert (scored[name][i, length:] == 0).all()
         centre = getattr(reward_model.config, "score_mean", 0.0)
         raw_score = reward_model(torch.tensor([row])).logits.item() - centre
-        assert scored["raw_scores"][i].item() == pytest.approx(raw_score, abs=1e-5)
+        assert raw_scores[i].item() == pytest.approx(raw_score, abs=1e-5)
     assert (scored["logprobs"] - scored["ref_logprobs"]).abs().max() > 0.1
-    without = score_batch(batch, actor_critic, reference, None, args)
-    assert without["raw_scores"].tolist() == [0.0] * 4
 
 
 def test_prompts_and_uniforms_depend_on_seed_and_update_alone():
@@ -1112,7 +1143,7 @@ def training_batch(actor_critic, fill=EOS):
     """
     batch = batch_of(fill=fill)
     with torch.no_grad():
-        new = forward(actor_critic, batch)
+        new = actor_critic(batch)
     dtype = new["logprobs"].dtype
     batch["logprobs"] = new["logprobs"] + 0.3 * normal(4, R, seed=1).to(dtype)
     batch["values"] = new["values"] + 0.3 * normal(4, R, seed=2).to(dtype)
@@ -1133,14 +1164,13 @@ def gradients_and_means(rank, folders, micro_batch_size, loss_fn=ppo_loss):
     critic = load_reward_model(folders[1])
     for model in (policy, critic):
         model.set_attn_implementation("sdpa")  # Llama's plain attention has its softmax in fp32.
-    actor_critic = ActorCritic(Actor(policy, 0.7, ALLOWED), critic).double()
+    actor_critic = ActorCritic(policy, critic, LOGPROBS_FN).double()
     args = ppo_rlhf.Args(
         micro_batch_size=micro_batch_size, entropy_coef=0.1, vf_coef=1.0, precision="fp32"
     )
     batch = training_batch(actor_critic)
     minibatch = torch.tensor([2, 0, 3, 1])
-    train_model = utils.wrap(actor_critic, ranks)
-    means = accumulate_gradients(train_model, batch, minibatch, loss_fn, args, ranks)
+    means = accumulate_gradients(actor_critic, batch, minibatch, loss_fn, args, ranks)
     gradients = {
         name: parameter.grad.numpy()
         for name, parameter in actor_critic.named_parameters()
@@ -1176,7 +1206,7 @@ def assert_same_gradients(ours, theirs):
 def test_gradients_on_two_ranks_and_in_micro_batches(on_two_ranks, folders):
     """Responses of 5, 3, 1 and 4 tokens: the same however the rows are dealt out."""
     whole, metrics = gradients_and_means(None, folders, 4)
-    assert {name.partition(".")[0] for name in whole} == {"actor", "critic"}
+    assert {name.partition(".")[0] for name in whole} == {"policy", "critic"}
     ours, ours_metrics = gradients_and_means(None, folders, 1)
     assert_same_gradients(ours, whole)
     assert ours_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
@@ -1200,8 +1230,8 @@ def test_the_gradient_is_that_of_the_mean_over_real_tokens(actor_critic):
     ours = {name: x.grad.clone() for name, x in parameters.items() if x.grad is not None}
     actor_critic.zero_grad()
     for i in range(4):
-        row = select(batch, torch.tensor([i]))
-        loss, _ = ppo_loss(forward(actor_critic, row), row, args)
+        row = select(batch, [i])
+        loss, _ = ppo_loss(actor_critic(row), row, args)
         (loss / sum(map(len, RESPONSES))).backward()
     theirs = {name: x.grad for name, x in parameters.items() if x.grad is not None}
     assert max(distances(ours, theirs).values()) < 1e-4
@@ -1214,7 +1244,7 @@ def test_ids_after_a_row_reach_neither_loss_nor_gradient(actor_critic):
         actor_critic.zero_grad()
         batch = training_batch(actor_critic)
         batch["input_ids"] = batch_of(fill=fill)["input_ids"]
-        loss, _ = ppo_loss(forward(actor_critic, batch), batch, ppo_rlhf.Args())
+        loss, _ = ppo_loss(actor_critic(batch), batch, ppo_rlhf.Args())
         loss.backward()
         losses.append(loss.item())
         gradients.append([x.grad.clone() for x in actor_critic.parameters() if x.grad is not None])

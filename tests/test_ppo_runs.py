@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo_rlhf
+import utils
 from conftest import refuses, write_jsonl
 from utils import Ranks, UserError
 
@@ -51,7 +52,7 @@ def not_a_number(prompts, responses, **columns):
 
 constant = 3
 '''
-CLOCKS = {"eps", "time/rollout", "time/score", "time/update"}
+CLOCKS = {"time/episodes_per_second", "time/rollout", "time/score", "time/update"}
 KEYS = CLOCKS | {
     "objective/kl",
     "objective/kl_k3",
@@ -125,7 +126,7 @@ def run(flags, rank=None):
     """A run on the CPU, alone or as one of two connected ranks. Returns its folder."""
     ranks = Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_rlhf, "init_ranks", lambda timeout_minutes: ranks)
+        patch.setattr(utils, "init_ranks", lambda timeout_minutes: ranks)
         ppo_rlhf.main(ppo_rlhf.Args(**flags))
     return Path(flags.get("output_dir") or flags["resume"])
 
@@ -256,7 +257,7 @@ def weights(folder, part="model"):
 def policy_of(checkpoint):
     """The policy's part of a checkpoint's weights."""
     state = torch.load(checkpoint, weights_only=True)["model"]
-    prefix = "actor.model."
+    prefix = "policy."
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
@@ -353,7 +354,7 @@ def test_saved_folders_load_plainly(finished, gpt2_folder):
     state = torch.load(finished / "checkpoints" / "step_000003.pt", weights_only=True)["model"]
     assert {x.dtype for x in state.values() if x.is_floating_point()} == {torch.float32}
     classes = {
-        "model": (AutoModelForCausalLM, "actor.model."),
+        "model": (AutoModelForCausalLM, "policy."),
         "critic": (AutoModelForSequenceClassification, "critic."),
     }
     for part, (auto_class, prefix) in classes.items():
@@ -596,10 +597,10 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
         parts.append(counts | {"is_scoring": not torch.is_grad_enabled(), "forwards": []})
         return part
 
-    def states(model, input_ids, positions):
-        parts[-1]["forwards"].append(input_ids.shape[1])
-        assert positions.shape[1] == parts[-1]["responses"].max()
-        return response_hidden(model, input_ids, positions)
+    def states(model, batch):
+        parts[-1]["forwards"].append(batch["input_ids"].shape[1])
+        assert batch["mask"].shape[1] == parts[-1]["responses"].max()
+        return response_hidden(model, batch)
 
     def judge(model, input_ids, attention_mask):
         parts[-1]["forwards"].append(input_ids.shape[1])
@@ -618,17 +619,18 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
     flags["dataset"] = write_jsonl(tmp_path / "rows.jsonl", rows)
     folder = run(settings(tmp_path / "run", None, **flags))
 
-    scored = [part for part in parts if part["is_scoring"]]
+    # First the reward model scores the responses, then policy, critic and reference the tokens.
+    judged = [part for part in parts if len(part["forwards"]) == 1]
+    scored = [part for part in parts if part["is_scoring"] and len(part["forwards"]) > 1]
     trained = [part for part in parts if not part["is_scoring"]]
     minibatches = [trained[i : i + 4] for i in range(0, len(trained), 4)]
-    assert (len(scored), len(minibatches)) == (8, 6)
-    for group in (scored, *minibatches):
+    assert (len(judged), len(scored), len(minibatches)) == (8, 8, 6)
+    for group in (judged, scored, *minibatches):
         for first, second in itertools.pairwise(group):
             assert first["lengths"].max() <= second["lengths"].min()
-    for part in parts:
-        # Policy, critic, reference and reward model score; policy and critic are trained.
-        num_forwards = 4 if part["is_scoring"] else 2
-        assert part["forwards"] == [part["lengths"].max()] * num_forwards
+    for group, num_forwards in ((judged, 1), (scored, 3), (trained, 2)):
+        for part in group:
+            assert part["forwards"] == [part["lengths"].max()] * num_forwards
 
     tokens = sum(part["responses"].sum().item() for part in scored)
     assert tokens == pytest.approx(32 * lines(folder)[0]["val/sequence_lengths"])

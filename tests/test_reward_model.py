@@ -281,20 +281,18 @@ def test_pairs_with_a_long_side_are_left_out_and_counted(tokenizer, encode, caps
     short = {"prompt": "a", "chosen": "b", "rejected": "b"}
     rows = [short, {**short, "rejected": "bcd"}, {**short, "chosen": "bcd"}]
     assert len(encode(rows, tokenizer, max_length=4)) == 1
-    assert "encoded.jsonl: left out 2 of 3 pairs" in capsys.readouterr().out
-    with pytest.raises(utils.UserError, match=r"encoded.jsonl: .*--max_length 2"):
+    assert "encoded.jsonl: left out 2 of 3 rows" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match=r"encoded.jsonl: .* over 2 tokens \(--max_length\)"):
         encode(rows, tokenizer, max_length=2)
 
 
-class FirstId:
-    """A model whose score is the first id of a sequence."""
-
-    def __call__(self, input_ids, attention_mask):
-        return input_ids[:, 0].float().requires_grad_()
+def first_ids(model, input_ids, attention_mask):
+    """Scores that are the first ids of the sequences."""
+    return input_ids[:, 0].float()
 
 
 @pytest.mark.fast
-def test_the_metrics_of_a_batch_are_their_definitions():
+def test_the_metrics_of_a_batch_are_their_definitions(monkeypatch):
     """A margin is part of the loss alone, and a tie is half right."""
     rows = [
         {"chosen": [5, EOS], "rejected": [3, 7, EOS], "margin": 0.5},
@@ -302,27 +300,15 @@ def test_the_metrics_of_a_batch_are_their_definitions():
         {"chosen": [2, 8, 8, EOS], "rejected": [6, EOS], "margin": 0.0},
     ]
     expected = [-math.log(1 / (1 + math.exp(-x))) for x in (5 - 3 - 0.5, 0.0, 2 - 6)]
+    monkeypatch.setattr(reward_model, "last_token_scores", first_ids)
     means = utils.Means()
-    loss_sum = reward_model.micro_batch_loss(FirstId(), rows, means, EOS, CPU)
+    loss_sum = reward_model.micro_batch_loss(None, rows, means, EOS, CPU)
     assert loss_sum.item() == pytest.approx(sum(expected), rel=1e-6)
     assert means.over_ranks() == {
         "rm/loss": pytest.approx(sum(expected) / 3, rel=1e-6),
         "rm/accuracy": pytest.approx(1.5 / 3),
         "rm/margin": pytest.approx((2 + 0 - 4) / 3),
     }
-
-
-@pytest.mark.fast
-def test_a_rank_without_pairs_counts_nothing():
-    """It still has a loss whose gradient is exchanged, and the names of its means."""
-    means = utils.Means()
-    loss_sum = reward_model.micro_batch_loss(FirstId(), [], means, EOS, CPU)
-    assert loss_sum.requires_grad
-    assert loss_sum.item() == 0
-    assert means.over_ranks() == {"rm/loss": 0.0, "rm/accuracy": 0.0, "rm/margin": 0.0}
-    row = {"chosen": [5], "rejected": [3], "margin": 0.0}
-    reward_model.micro_batch_loss(FirstId(), [row], means, EOS, CPU)
-    assert means.over_ranks()["rm/margin"] == 2.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -511,15 +497,15 @@ def test_long_demonstrations_are_left_out_and_counted(options, tmp_path, tokeniz
     rows = [*DEMONSTRATIONS[:2], {"prompt": "a", "completion": "b" * 30}]
     path = write_jsonl(tmp_path / "some.jsonl", rows)
     args = reward_model.Args(**options | {"demonstrations": path, "max_length": 20})
-    encoded = reward_model.encode_demonstrations(args, tokenizer)
+    encoded = reward_model.load_demonstration_ids(args, tokenizer)
     assert encoded == [[2, 3, 4, 2, EOS], [3, 4, 5, 4, 5, EOS]]
-    assert "some.jsonl: left out 1 of 3 demonstrations longer" in capsys.readouterr().out
+    assert "some.jsonl: left out 1 of 3 rows longer" in capsys.readouterr().out
     path = write_jsonl(tmp_path / "long.jsonl", rows[2:])
     refuses(
         capsys,
         "reward_model",
         options | {"demonstrations": path, "max_length": 20},
-        "long.jsonl: no demonstration is left",
+        "long.jsonl: no row is left",
     )
 
 
@@ -703,5 +689,5 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(
     """All of them are found out before a model is loaded."""
     change, match = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)  # There is no runs/ here.
-    monkeypatch.setattr(reward_model, "load_pretrained", None)
+    monkeypatch.setattr(utils, "load_pretrained", None)
     refuses(capsys, "reward_model", {**options, **change(tmp_path)}, match)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def encode(tmp_path):
     def load(rows, tokenizer, **options):
         path = write_jsonl(tmp_path / "encoded.jsonl", rows)
         loaded = sft.load_demonstrations(path, tokenizer, sft.Args(**options))
-        return [(row["input_ids"], row["labels"]) for row in loaded]
+        batches = [sft.collate([row], EOS) for row in loaded]
+        return [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
 
     return load
 
@@ -163,12 +165,12 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_alone(kind, request, tokenizer,
     """Whatever ids the padding holds, and although only the last logits are computed."""
     folder = request.getfixturevalue(f"{kind}_folder")
     model, _ = utils.load_pretrained(AutoModelForCausalLM, folder)
-    pairs = encode(ROWS, tokenizer)
     expected = 0
-    for ids, labels in pairs:
+    rows = []
+    for ids, labels in encode(ROWS, tokenizer):
+        rows.append({"input_ids": ids, "num_unlabelled": labels.count(-100)})
         output = model(torch.tensor([ids]))
         expected += sft.token_loss(output.logits, torch.tensor([labels]))[0].item()
-    rows = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
     for pad_id in (0, EOS, 7):
         means = utils.Means()
         loss_sum = sft.micro_batch_loss(model, rows, means, sft.token_loss, pad_id, CPU)
@@ -190,21 +192,35 @@ def test_labels_are_the_completion_and_one_eos(tokenizer, encode):
     assert second == ([2, 3, EOS], [-100, 3, EOS])
 
 
-def collated(rows):
-    batch = sft.collate([{"input_ids": ids, "labels": labels} for ids, labels in rows], 9)
-    return batch["input_ids"].tolist(), batch["labels"].tolist()
+@pytest.mark.fast
+def test_rows_are_padded_on_the_right_without_labels():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "num_unlabelled": 4},
+        {"input_ids": [1, 2, 3, 4], "num_unlabelled": 1},
+    ]
+    batch = sft.collate(rows, 9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [5, 6], [-100, 2, 3, 4, -100, -100]]
 
 
 @pytest.mark.fast
-def test_labels_begin_one_before_the_first_that_is_wanted():
-    """The logits there predict it; those before them are not computed."""
-    rows = [([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6]), ([1, 2, 3, 4], [-100] * 3 + [4])]
-    input_ids, labels = collated(rows)
-    assert input_ids == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9]]
-    assert labels == [[-100, -100, 5, 6], [-100, 4, -100, -100]]
-    assert collated([([1, 2], [1, 2])]) == ([[1, 2]], [[1, 2]])
-    assert collated([([1, 2], [-100, 2])]) == ([[1, 2]], [[-100, 2]])
-    assert collated([([1], [-100])]) == ([[1]], [[-100]])
+@pytest.mark.parametrize(("unlabelled", "num_logits"), [((4, 3), 4), ((5, 1), 6), ((1, 3), 6)])
+def test_logits_are_computed_from_the_first_that_predicts_a_label(unlabelled, num_logits):
+    asked = []
+
+    def model(input_ids, use_cache, logits_to_keep):
+        asked.append(logits_to_keep)
+        return SimpleNamespace(logits=torch.zeros(2, logits_to_keep, 31))
+
+    lengths = (6, 4)
+    rows = []
+    for length, n in zip(lengths, unlabelled, strict=True):
+        rows.append({"input_ids": list(range(length)), "num_unlabelled": n})
+    means = utils.Means()
+    loss_sum = sft.micro_batch_loss(model, rows, means, sft.token_loss, EOS, CPU)
+    assert asked == [num_logits]
+    num_labels = sum(lengths) - sum(unlabelled)
+    assert loss_sum.item() == pytest.approx(num_labels * math.log(31), rel=1e-5)
 
 
 @pytest.mark.fast
@@ -242,7 +258,7 @@ def test_long_rows_are_left_out_and_counted(tokenizer, encode, capsys):
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "ab", "completion": "cde"}]
     assert [len(ids) for ids, _ in encode(rows, tokenizer, max_length=5)] == [5]
     assert re.search(r"encoded.jsonl: left out 1 of 2 rows", capsys.readouterr().out)
-    with pytest.raises(utils.UserError, match=r"encoded.jsonl: .*--max_length 4"):
+    with pytest.raises(utils.UserError, match=r"encoded.jsonl: .* over 4 tokens \(--max_length\)"):
         encode(rows, tokenizer, max_length=4)
 
 
@@ -515,13 +531,13 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32(options, tmp_path, monk
 def test_the_saved_folder_opens_anywhere_with_the_same_logits(kind, request, options, monkeypatch):
     options["model"] = request.getfixturevalue(f"{kind}_folder")
     saved = []
-    save_pretrained = sft.save_pretrained
+    save_pretrained = utils.save_pretrained
 
     def record(folder, model, tokenizer):
         saved.append(model)
         save_pretrained(folder, model, tokenizer)
 
-    monkeypatch.setattr(sft, "save_pretrained", record)
+    monkeypatch.setattr(utils, "save_pretrained", record)
     train(options)
     folder = f"{options['output_dir']}/model"
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -694,7 +710,7 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(
 ):
     change, match = MISTAKES[mistake]
     if mistake != "no config":  # All others are found out before a model is loaded.
-        monkeypatch.setattr(sft, "load_pretrained", None)
+        monkeypatch.setattr(utils, "load_pretrained", None)
     refuses(capsys, "sft", {**options, **change(tmp_path)}, match)
 
 
@@ -713,8 +729,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(options):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(options, capsys, monkeypatch):
-    monkeypatch.setattr(sft, "init_ranks", lambda timeout_minutes: utils.Ranks(0, 2, CPU))
-    monkeypatch.setattr(sft, "load_pretrained", None)
+    monkeypatch.setattr(utils, "init_ranks", lambda timeout_minutes: utils.Ranks(0, 2, CPU))
+    monkeypatch.setattr(utils, "load_pretrained", None)
     refuses(capsys, "sft", {**options, "batch_size": 5}, "--batch_size")
 
 

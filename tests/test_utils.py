@@ -638,7 +638,7 @@ def test_one_bos_and_one_eos_whatever_the_tokenizer_adds(tmp_path, pattern):
     for prompt in ("abc", "Uabc", "UUabc"):  # The others bring a BOS, or two, of their own.
         bos = [29] if adds_bos or prompt[0] == "U" else []
         assert utils.encode_prompt(tokenizer, prompt) == [*bos, 2, 3, 4]
-        assert utils.encode_pair(tokenizer, prompt, "de") == [*bos, 2, 3, 4, 5, 6, EOS]
+        assert utils.encode_pair(tokenizer, prompt, "de") == ([*bos, 2, 3, 4], [5, 6, EOS])
     assert utils.encode_prompt(tokenizer, "ab|")[-3:] == [2, 3, EOS]  # One that the user wrote.
     assert utils.encode_prompt(tokenizer, "") == [29] * adds_bos
     assert utils.encode_response(tokenizer, "", "abc") == [2, 3, 4, EOS]
@@ -687,7 +687,7 @@ def test_a_conversation_may_hold_its_prompt(chat_tokenizer):
     prompt = [{"role": "user", "content": "ab"}]
     response = [{"role": "assistant", "content": "cd"}]
     apart = utils.encode_pair(chat_tokenizer, prompt, response)
-    assert apart == [EOS, 29, 2, 3, 28, 30, 4, 5, 28, EOS]
+    assert apart == ([EOS, 29, 2, 3, 28, 30], [4, 5, 28, EOS])
     assert utils.encode_pair(chat_tokenizer, "", prompt + response) == apart
     assert utils.encode_pair(chat_tokenizer, "a text beside it", prompt + response) == apart
 
@@ -706,14 +706,38 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, capsys):
     path = write_rows(tmp_path / "prompts.jsonl", rows)
     prompts = utils.load_prompts(path, tokenizer, 3, "--query_length")
     assert [(ids, dict(row)) for ids, row in prompts] == [([2, 3, 4], rows[0])]
-    assert "left out 1 of 2 prompts longer than 3 tokens (--query" in capsys.readouterr().out
-    match = r"no prompt is left.*over 2 tokens \(--query_length\)"
+    assert "left out 1 of 2 rows longer than 3 tokens (--query" in capsys.readouterr().out
+    match = r"no row is left: all 2 have over 2 tokens \(--query_length\)"
     refused(match, utils.load_prompts, path, tokenizer, 2, "--query_length")
+
+
+def test_what_cannot_be_encoded_is_named_by_its_row():
+    rows = [{"x": 1}, {"x": 0}]
+    assert utils.encode_rows("a.jsonl", rows, lambda row: [row["x"]] * 2) == [1, 1, 0, 0]
+    refused("a.jsonl: row 2: division", utils.encode_rows, "a.jsonl", rows, lambda r: [1 / r["x"]])
+
+
+def test_long_rows_are_left_out_and_counted(capsys):
+    rows = ["a", "abc", "ab"]
+    assert utils.leave_out_long("a.jsonl", rows, len, 3) == rows
+    assert capsys.readouterr().out == ""
+    assert utils.leave_out_long("a.jsonl", rows, len, 2) == ["a", "ab"]
+    left_out = "a.jsonl: left out 1 of 3 rows longer than 2 tokens (--max_length)\n"
+    assert capsys.readouterr().out == left_out
+    message = r"a.jsonl: no row is left: all 3 have over 0 tokens \(--x\)"
+    refused(message, utils.leave_out_long, "a.jsonl", rows, len, 0, "--x")
 
 
 def test_an_empty_or_broken_prompt_is_named(tmp_path, tokenizer):
     path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": ""}])
-    refused("row 2 has an empty prompt", utils.load_prompts, path, tokenizer, 9, "--length")
+    refused(
+        "prompts.jsonl: row 2: its prompt is empty",
+        utils.load_prompts,
+        path,
+        tokenizer,
+        9,
+        "--length",
+    )
     messages = [{"role": "user", "content": "a"}]
     path = write_rows(tmp_path / "messages.jsonl", [{"prompt": messages}])
     refused("row 1: .*no chat template", utils.load_prompts, path, tokenizer, 9, "--length")
@@ -1010,44 +1034,43 @@ def test_autocast_is_what_precision_asks_for():
             assert (x @ x).dtype == dtype
 
 
-def test_alone_cleared_gradients_are_freed():
-    weight = torch.zeros(2, requires_grad=True)
-    weight.sum().backward()
-    utils.clear_gradients(torch.optim.SGD([weight], lr=0.1))
-    assert weight.grad is None
+def added_gradients(rank):
+    """Gradients after `sum_gradients`, weights after `broadcast_weights`, of two ranks that differ.
+
+    The second rank has had no row, and so no gradient.
+    """
+    torch.manual_seed(rank)
+    module = torch.nn.Linear(3, 1)
+    module.bias.requires_grad_(False)
+    utils.broadcast_weights(module)
+    if rank == 0:
+        for x in (1.0, 2.0):
+            module(torch.full((1, 3), x)).sum().backward()
+    utils.sum_gradients(module)
+    idle = module.weight.grad.tolist()
+    module.zero_grad()
+    module(torch.full((1, 3), 1.0 + rank)).sum().backward()
+    utils.sum_gradients(module)
+    both = module.weight.grad.tolist()
+    return idle, both, module.bias.grad, module.weight.tolist(), module.bias.tolist()
 
 
-def test_alone_the_module_of_the_loss_is_the_module_itself():
-    module = torch.nn.Linear(2, 2)
-    assert utils.wrap(module, ONE) is module
+def test_gradients_are_added_up_over_the_ranks(on_two_ranks):
+    """1 + 2 of one rank and nothing of the other; then 1 of the one and 2 of the other."""
+    torch.manual_seed(0)
+    start = torch.nn.Linear(3, 1)
+    for idle, both, frozen, weight, bias in on_two_ranks(added_gradients):
+        assert idle == [[3.0] * 3]
+        assert both == [[3.0] * 3]
+        assert frozen is None
+        assert (weight, bias) == (start.weight.tolist(), start.bias.tolist())
 
 
-def steps_under_ddp(rank):
-    """Two steps of two micro-batches, of which the last one exchanges the gradients."""
-    module = torch.nn.Linear(3, 1, bias=False)
-    wrapped = utils.wrap(module, utils.Ranks(rank, 2, CPU))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    gradients = []
-    cleared = []
-    for step in range(2):
-        for micro_batch in range(2):
-            wrapped.require_backward_grad_sync = micro_batch == 1
-            x = torch.full((1, 3), 1.0 + rank + 2 * micro_batch + 4 * step)
-            wrapped(x).sum().backward()
-        gradients.append(module.weight.grad.tolist())
-        address = module.weight.grad.data_ptr()
-        utils.clear_gradients(optimizer)
-        after = module.weight.grad
-        is_kept = after is not None and after.data_ptr() == address
-        cleared.append(after.tolist() if is_kept else "another tensor")
-    return gradients, cleared
-
-
-def test_cleared_gradients_are_still_those_that_ddp_exchanges(on_two_ranks):
-    """The average over ranks of the sum over micro-batches: (1 + 3 + 2 + 4) / 2, then 13."""
-    for gradients, cleared in on_two_ranks(steps_under_ddp):
-        assert gradients == [[[5.0] * 3], [[13.0] * 3]]
-        assert cleared == [[[0.0] * 3]] * 2
+def test_alone_gradients_stay_as_they_are():
+    module = torch.nn.Linear(3, 1)
+    utils.broadcast_weights(module)
+    utils.sum_gradients(module)
+    assert module.weight.grad is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1088,31 +1111,37 @@ def test_the_order_of_an_epoch_is_drawn_once(done, epochs, monkeypatch):
 
 
 def groups_of(lengths, size, ranks=None):
-    return [group.tolist() for group in utils.split_by_length(lengths, size, ranks)]
+    return utils.split_by_length(range(len(lengths)), lengths, size, ranks)
 
 
 def test_rows_of_similar_length_go_together():
     assert groups_of([5, 1, 3, 2, 4], 2) == [[1, 3], [2, 4], [0]]
-    assert groups_of(torch.tensor([5, 1, 3, 2, 4]), 9) == [[1, 3, 2, 4, 0]]
+    assert groups_of([5, 1, 3, 2, 4], 9) == [[1, 3, 2, 4, 0]]
     assert groups_of([2, 2, 2, 1], 2) == [[3, 0], [1, 2]]  # Equal ones keep their order.
-    assert groups_of([], 2) == [[]]
+    assert groups_of([], 2) == []
+
+
+def test_some_rows_are_split_by_their_lengths():
+    lengths = [5, 1, 3, 2, 4]
+    assert utils.split_by_length([4, 0, 3], lengths, 2) == [[3, 4], [0]]
+    assert utils.split_by_length(torch.tensor([4, 0, 3]), lengths, 2) == [[3, 4], [0]]
 
 
 def test_ranks_share_the_rows_of_every_length():
-    lengths = torch.randint(1, 50, (23,), generator=torch.Generator().manual_seed(0))
+    lengths = torch.randint(1, 50, (23,), generator=torch.Generator().manual_seed(0)).tolist()
     shares = []
     for rank in range(3):
         groups = groups_of(lengths, 4, utils.Ranks(rank, 3, CPU))
         assert all(len(group) <= 4 for group in groups)
         shares.append([i for group in groups for i in group])
-    order = lengths.argsort(stable=True).tolist()
+    order = sorted(range(23), key=lambda i: lengths[i])
     assert shares == [order[rank::3] for rank in range(3)]
     assert sorted(i for share in shares for i in share) == list(range(23))
 
 
-def test_a_rank_without_rows_has_one_empty_group():
+def test_a_rank_without_rows_has_no_group():
     assert groups_of([3], 2, utils.Ranks(0, 2, CPU)) == [[0]]
-    assert groups_of([3], 2, utils.Ranks(1, 2, CPU)) == [[]]
+    assert groups_of([3], 2, utils.Ranks(1, 2, CPU)) == []
 
 
 def test_prompt_order_is_pass_after_pass():
@@ -1122,30 +1151,6 @@ def test_prompt_order_is_pass_after_pass():
     assert len({tuple(numbers) for numbers in passes}) > 1
     assert utils.prompt_order(5, 3, 9, seed=3) == order[3:12]  # However it is cut into updates.
     assert utils.prompt_order(5, 0, 20, seed=4) != order
-
-
-def test_select_takes_rows_of_every_tensor_and_cuts_what_none_of_them_needs():
-    prompt_lengths = torch.tensor([1, 4, 2])
-    response_lengths = torch.tensor([3, 1, 2])
-    is_real = torch.arange(8) < (prompt_lengths + response_lengths)[:, None]
-    batch = {
-        "input_ids": torch.arange(24).view(3, 8),
-        "is_real": is_real,
-        "mask": torch.arange(5) < response_lengths[:, None],
-        "logprobs": torch.arange(15.0).view(3, 5),
-        "prompt_lengths": prompt_lengths,
-    }
-    assert utils.total_lengths(batch).tolist() == [4, 5, 4]
-    part = utils.select(batch, torch.tensor([2, 0]))
-    assert part["input_ids"].tolist() == [[16, 17, 18, 19], [0, 1, 2, 3]]
-    assert part["is_real"].tolist() == [[True] * 4] * 2
-    assert part["mask"].tolist() == [[True, True, False], [True] * 3]
-    assert part["logprobs"].tolist() == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
-    assert part["prompt_lengths"].tolist() == [2, 1]
-    part = utils.select(batch, torch.tensor([1]))
-    assert part["input_ids"].tolist() == [[8, 9, 10, 11, 12]]
-    assert part["logprobs"].tolist() == [[5.0]]
-    assert batch["input_ids"].shape == (3, 8)
 
 
 def test_left_pad():
