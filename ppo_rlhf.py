@@ -13,8 +13,8 @@ Each update:
     3. advantages   token t is rewarded with -kl_coef * (logprob - ref_logprob), and the last token
                     with the score as well; GAE(gamma, lam) turns rewards and values into advantages
                     and returns; then the advantages are whitened
-    4. update       num_epochs passes over the batch, of num_minibatches optimizer steps each:
-                    clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy
+    4. update       clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy, in
+                    num_epochs passes over the batch, of num_minibatches optimizer steps each
 
 One process:    python ppo_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \
@@ -55,8 +55,9 @@ Scores and rewards
     - The score is paid at the last token itself; Huang et al. pay it one position later.
 Critic
     - The critic is a network of its own that starts as a copy of the reward model. With
-      --value_trunk shared it is a head on the policy's hidden states, and the value loss reaches
-      the policy's network.
+      --value_trunk shared it is a head on the policy's own network, which is then trained by the
+      value loss too. That saves the memory of a network and no time: it is run once for the
+      log-probabilities and once for the values.
 Loss and steps
     - Advantages are whitened over the real tokens of the whole batch. A minibatch's loss is a sum
       over its real tokens divided by their number. Both are taken over all ranks.
@@ -167,7 +168,7 @@ class Args:
     value_trunk: Literal["separate", "shared"] = "separate"
     """separate: the critic is a network of its own, a copy of the reward model, or, without one, a
     copy of the policy with a head of zeros. shared: the critic is a head of zeros on the policy's
-    hidden states"""
+    own network"""
     vf_coef: float = 0.1
     """weight of the value loss"""
     cliprange_value: float = 0.2
@@ -321,13 +322,13 @@ def ppo_loss(new, batch, args):
     )
     loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * new["entropy"]
     stats = {
-        "loss/policy_avg": pg_loss,
         "loss/value_avg": vf_loss,
+        "val/clipfrac_avg": vf_clipped,
+        "loss/policy_avg": pg_loss,
         "policy/entropy_avg": new["entropy"],
         "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
         "policy/clipfrac_avg": pg_clipped,
         "val/ratio": ratio,
-        "val/clipfrac_avg": vf_clipped,
     }
     return torch.where(mask, loss, 0.0).sum(), stats
 
@@ -401,15 +402,6 @@ def response_hidden(model, batch):
     return hidden.gather(1, index[..., None].expand(-1, -1, d))
 
 
-def response_logprobs(model, hidden, batch, logprobs_fn):
-    """Log-probabilities and entropies, each (B,R), of the response tokens in these states.
-
-    logprobs_fn(logits, tokens) is `token_logprobs` with its temperature and allowed ids.
-    """
-    logits = utils.head_logits(model, hidden)
-    return logprobs_fn(logits, batch["responses"])
-
-
 def score_head(model, hidden):
     """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
     # A product and a sum, because autocast would run a matrix product in bf16.
@@ -431,23 +423,38 @@ def last_token_scores(model, input_ids, attention_mask):
     return score_head(model, hidden[rows, lengths - 1])
 
 
-class ActorCritic(torch.nn.Module):
-    """The two models that are trained: the policy, which acts, and its critic."""
+class Actor(torch.nn.Module):
+    """A language model, the policy or the reference, that gives log-probabilities of responses.
 
-    def __init__(self, policy, critic, logprobs_fn):
+    logprobs_fn(logits, tokens) is `token_logprobs` with its temperature and allowed ids.
+    """
+
+    def __init__(self, model, logprobs_fn):
         super().__init__()
-        self.policy = policy
-        self.critic = critic
+        self.model = model
         self.logprobs_fn = logprobs_fn
 
     def forward(self, batch):
+        """logprobs and entropy of the response tokens, each (B,R)."""
+        hidden = response_hidden(self.model, batch)
+        logits = utils.head_logits(self.model, hidden)
+        logprobs, entropy = self.logprobs_fn(logits, batch["responses"])
+        return {"logprobs": logprobs, "entropy": entropy}
+
+
+class ActorCritic(torch.nn.Module):
+    """The two models that are trained: the policy, which acts, and its critic."""
+
+    def __init__(self, actor, critic):
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+
+    def forward(self, batch):
         """logprobs, entropy and values of the response tokens, each (B,R)."""
-        hidden = response_hidden(self.policy, batch)
-        logprobs, entropy = response_logprobs(self.policy, hidden, batch, self.logprobs_fn)
-        if self.critic.base_model is not self.policy.base_model:
-            hidden = response_hidden(self.critic, batch)
-        values = score_head(self.critic, hidden)
-        return {"logprobs": logprobs, "entropy": entropy, "values": values}
+        output = self.actor(batch)
+        output["values"] = score_head(self.critic, response_hidden(self.critic, batch))
+        return output
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,19 +625,21 @@ def micro_batches(batch, rows, args, ranks=None):
 
 @torch.no_grad()
 def score_tokens(batch, model, reference, args):
-    """logprobs, values and ref_logprobs (B,R) from before the update; 0 outside the mask."""
+    """What the models say of each response token before the update: (B,R), 0 outside the mask.
+
+    Returns logprobs, entropy and values of the model, and ref_logprobs.
+    """
     mask = batch["mask"]
-    names = ("logprobs", "values", "ref_logprobs")
-    scored = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
+    scored = {}
     for rows, part in micro_batches(batch, range(len(mask)), args):
         with utils.autocast(args, mask.device):
             output = model(part)
-            ref_hidden = response_hidden(reference, part)
-            ref_logprobs, _ = response_logprobs(reference, ref_hidden, part, model.logprobs_fn)
-        output["ref_logprobs"] = ref_logprobs
+            output["ref_logprobs"] = reference(part)["logprobs"]
         R = part["mask"].shape[1]
-        for name in names:
-            scored[name][rows, :R] = torch.where(part["mask"], output[name], 0.0)
+        for name, x in output.items():
+            if name not in scored:
+                scored[name] = torch.zeros(mask.shape, device=mask.device)
+            scored[name][rows, :R] = torch.where(part["mask"], x, 0.0)
     return scored
 
 
@@ -729,9 +738,11 @@ def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
 # Metrics
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(batch):
     """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
-    errors = returns - values
+    mask = batch["mask"]
+    returns = batch["returns"]
+    errors = returns - batch["values"]
     error_variance = utils.masked_mean((errors - utils.masked_mean(errors, mask)) ** 2, mask)
     variance = utils.masked_mean((returns - utils.masked_mean(returns, mask)) ** 2, mask)
     if variance < 1e-8:
@@ -915,16 +926,18 @@ def main(args):
     torch.manual_seed(args.seed)
     num_positions = P + args.response_length
     policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
-    critic = load_critic(args, tokenizer, policy)
     allowed = utils.allowed_ids(tokenizer, policy.config.vocab_size, device)
     sampler, sampling = make_sampler(args, tokenizer, policy, P, allowed)
 
     logprobs_fn = token_logprobs
     if args.compile:
-        utils.compile_layers(policy, reference, critic, reward_model)
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
     logprobs_fn = functools.partial(logprobs_fn, temperature=args.temperature, allowed=allowed)
-    model = ActorCritic(policy, critic, logprobs_fn)
+    actor = Actor(policy, logprobs_fn)
+    reference = Actor(reference, logprobs_fn)
+    model = ActorCritic(actor, load_critic(args, tokenizer, policy))
+    if args.compile:
+        utils.compile_layers(model, reference, reward_model)
     utils.broadcast_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
@@ -933,8 +946,12 @@ def main(args):
     moments = RunningMoments()
 
     run = utils.Run(args, ranks, Path(__file__).stem)
-    state = {"model": model, "optimizer": optimizer}
-    state |= {"controller": controller, "moments": moments}
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "controller": controller,
+        "moments": moments,
+    }
     done = run.load_checkpoint(state) if args.resume else 0
     num_updates = args.total_episodes // args.batch_size
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
@@ -968,6 +985,7 @@ def main(args):
         lr = args.lr * (1 - (update - 1) / num_updates)
         optimizer.param_groups[0]["lr"] = lr
         metrics = optimize(model, optimizer, batch, ppo_loss, update, args, ranks)
+        metrics["val/explained_var"] = explained_variance(batch)
         watch.lap("time/update")
 
         # Log, adapt the price of the KL, save.
@@ -976,8 +994,6 @@ def main(args):
             name = f"monitor/{monitor_fn.__name__}"
             extra[name] = utils.call_reward_fn(monitor_fn, dataset_rows, texts, device)
         metrics |= rollout_metrics(batch, kl_coef, extra)
-        explained_var = explained_variance(batch["values"], batch["returns"], batch["mask"])
-        metrics["val/explained_var"] = explained_var
         metrics |= watch.laps
         metrics["time/episodes_per_second"] = args.batch_size / sum(watch.laps.values())
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
@@ -990,7 +1006,7 @@ def main(args):
             run.save_checkpoint(update, state)
 
     if ranks.is_main:
-        utils.save_pretrained(run.folder / "critic", critic, tokenizer)
+        utils.save_pretrained(run.folder / "critic", model.critic, tokenizer)
         utils.save_pretrained(run.folder / "model", policy, tokenizer)
         print(f"\nmodel folder  {run.folder}/model")
         print(f"next          python tools/evaluate.py --run {run.folder}")

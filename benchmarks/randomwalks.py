@@ -138,7 +138,7 @@ def ppo_args(args, seed, updates, kl_coef, output_dir):
 
 def policy_weights(state):
     """The weights of the policy in a checkpoint of ppo_rlhf.py."""
-    prefix = "policy."
+    prefix = "actor.model."
     weights = {}
     for name, x in state["model"].items():
         if name.startswith(prefix):

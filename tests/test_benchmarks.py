@@ -108,5 +108,5 @@ def test_mistakes_end_in_one_line(small, capsys, flags, message):
 
 
 def test_the_weights_of_the_policy_in_a_checkpoint():
-    state = {"model": {"policy.a": 1, "critic.a": 2, "policy.b.c": 3}}
+    state = {"model": {"actor.model.a": 1, "critic.a": 2, "actor.model.b.c": 3}}
     assert randomwalks.policy_weights(state) == {"a": 1, "b.c": 3}

@@ -29,7 +29,7 @@ def policy_at(run, step, folder):
     """The policy of a checkpoint as a folder."""
     policy = AutoModelForCausalLM.from_pretrained(run / "model")
     state = torch.load(run / "checkpoints" / f"step_{step:06d}.pt", weights_only=True)["model"]
-    prefix = "policy."
+    prefix = "actor.model."
     weights = {name: x for name, x in state.items() if name.startswith(prefix)}
     policy.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items()})
     policy.save_pretrained(folder)

@@ -320,10 +320,10 @@ BUGS = [
         matters=True,
     ),
     Bug(
-        "the temperature divides the sum",
+        "the temperature divides pi_beta alone",
         checks=["decoding"],
-        old='return steer(logits, values["target_qs"], values["vs"], beta)',
-        new='return steer(logits, values["target_qs"], values["vs"], beta / temperature)',
+        old="sample_tokens(ilql.steered_logits(hidden, beta), uniforms",
+        new="sample_tokens(ilql.steered_logits(hidden, beta * (temperature or 1)), uniforms",
     ),
     Bug(
         "greedy decoding samples",
@@ -414,8 +414,8 @@ BUGS = [
     Bug(
         "rows of one token more than --max_length",
         checks=["long rows"],
-        old='return len(row["input_ids"]) + 1',
-        new='return len(row["input_ids"])',
+        old='return len(row["input_ids"])',
+        new='return len(row["input_ids"]) - 1',
     ),
     Bug(
         "rewards cut to integers, as in the code of the paper's per-utterance variant",
@@ -557,8 +557,8 @@ def gradients_of_a_copy(rank, source, path, flags):
 def test_a_mean_over_ranks_instead_of_a_sum_is_seen(settings, tmp_path, on_two_ranks):  # noqa: F811
     changes = {"max_grad_norm": 0.0, "reward_fn": None}
     alone, _ = runs.recorded(settings(tmp_path / "alone", **changes))
-    old = "(loss * ranks.world_size).backward()"
-    for source in (SOURCE, plant(old, "loss.backward()", SOURCE)):
+    mean = "(loss / ranks.world_size).backward()"
+    for source in (SOURCE, plant("loss.backward()", mean, SOURCE)):
         flags = settings(tmp_path / f"both{len(source)}", **changes)
         path = str(tmp_path / "copy")
         for history in on_two_ranks(gradients_of_a_copy, source, path, flags):

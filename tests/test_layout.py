@@ -18,7 +18,7 @@ from transformers import (
 
 import utils
 from conftest import FAMILIES, GROUPED, SMALL
-from ppo_rlhf import ActorCritic, generate, last_token_scores, token_logprobs
+from ppo_rlhf import Actor, ActorCritic, generate, last_token_scores, token_logprobs
 
 PAD = 0
 EOS = 1
@@ -106,7 +106,7 @@ def test_a_packed_batch_is_its_rows_alone(config, attention, tmp_path):
         AutoModelForSequenceClassification, config, attention, tmp_path / "critic", seed=1
     )
     logprobs_fn = functools.partial(token_logprobs, temperature=TEMPERATURE, allowed=allowed_ids())
-    actor_critic = ActorCritic(policy, critic, logprobs_fn)
+    actor_critic = ActorCritic(Actor(policy, logprobs_fn), critic)
     parameters = [x for x in actor_critic.parameters() if x.requires_grad]
     batch = packed_batch()
     mask = batch["mask"]

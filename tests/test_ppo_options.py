@@ -29,7 +29,8 @@ from transformers import (
 import ppo_rlhf
 import utils
 from conftest import build_config, write_jsonl
-from ppo_rlhf import ActorCritic, RunningMoments, load_critic, load_models, token_logprobs
+from ppo_rlhf import Actor, ActorCritic, RunningMoments, load_critic, load_models
+from ppo_rlhf import token_logprobs
 from test_ppo_runs import (
     PAD,
     R,
@@ -111,8 +112,9 @@ def test_shared_trunk_is_one_trunk(request, kind, llama_rm_folder):
         "responses": torch.randint(2, 28, (3, 5)),
         "mask": torch.ones(3, 5, dtype=torch.bool),
     }
-    shared = ActorCritic(policy, critic, logprobs_fn)(batch)
-    separate = ActorCritic(policy, separate_critic, logprobs_fn)(batch)
+    actor = Actor(policy, logprobs_fn)
+    shared = ActorCritic(actor, critic)(batch)
+    separate = ActorCritic(actor, separate_critic)(batch)
     assert shared.keys() == separate.keys() == {"logprobs", "entropy", "values"}
     for name in shared:
         torch.testing.assert_close(shared[name], separate[name], atol=1e-5, rtol=1e-5)

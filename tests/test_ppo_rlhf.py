@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ppo_rlhf
 import utils
 from ppo_rlhf import (
+    Actor,
     ActorCritic,
     AdaptiveKLController,
     RunningMoments,
@@ -35,8 +36,6 @@ from ppo_rlhf import (
     rollout,
     rollout_metrics,
     sample_tokens,
-    response_hidden,
-    response_logprobs,
     score_responses,
     score_tokens,
     select,
@@ -581,11 +580,13 @@ def test_explained_variance():
     values = returns + 0.5 * normal(4, 6, seed=2)
     errors = (returns - values)[mask]
     expected = 1 - errors.var(correction=0) / returns[mask].var(correction=0)
-    got = explained_variance(spoiled(values, mask), spoiled(returns, mask), mask)
-    assert got == pytest.approx(expected.item(), abs=1e-12)
+    batch = {"values": spoiled(values, mask), "returns": spoiled(returns, mask), "mask": mask}
+    assert explained_variance(batch) == pytest.approx(expected.item(), abs=1e-12)
     # A critic that is off by the same everywhere has explained all of the variance.
-    assert explained_variance(returns + 3, returns, mask) == pytest.approx(1)
-    assert explained_variance(values, torch.ones(4, 6), mask) == 0.0
+    batch = {"values": returns + 3, "returns": returns, "mask": mask}
+    assert explained_variance(batch) == pytest.approx(1)
+    batch["returns"] = torch.ones(4, 6)
+    assert explained_variance(batch) == 0.0
 
 
 def test_rollout_metrics_are_their_definitions():
@@ -882,7 +883,7 @@ LOGPROBS_FN = logprobs_at(0.7, ALLOWED)
 
 def logprobs_of(model, batch, logprobs_fn=LOGPROBS_FN):
     """The log-probabilities (B,R) that a language model gives the responses."""
-    return response_logprobs(model, response_hidden(model, batch), batch, logprobs_fn)[0]
+    return Actor(model, logprobs_fn)(batch)["logprobs"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -891,7 +892,8 @@ def logprobs_of(model, batch, logprobs_fn=LOGPROBS_FN):
 
 @pytest.fixture
 def actor_critic(folders):
-    return ActorCritic(load_policy(folders[0]), load_reward_model(folders[1]), LOGPROBS_FN)
+    actor = Actor(load_policy(folders[0]), LOGPROBS_FN)
+    return ActorCritic(actor, load_reward_model(folders[1]))
 
 
 @torch.no_grad()
@@ -906,7 +908,7 @@ def test_actor_critic_against_rows_without_padding(actor_critic):
     centre = getattr(critic.config, "score_mean", 0.0)
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         ids = torch.tensor([query + response])
-        logits = actor_critic.policy(ids).logits[0].masked_fill(~ALLOWED, -INF)
+        logits = actor_critic.actor.model(ids).logits[0].masked_fill(~ALLOWED, -INF)
         hidden = critic.base_model(ids).last_hidden_state[0]
         for t, token in enumerate(response):
             before = len(query) + t - 1
@@ -939,7 +941,7 @@ def test_actor_critic_does_not_see_padding_or_neighbours(actor_critic, extra, fi
 def test_the_temperature_and_the_allowed_ids_are_those_of_the_actor(actor_critic):
     batch = batch_of()
     expected = actor_critic(batch)["logprobs"][batch["mask"]]
-    policy = actor_critic.policy
+    policy = actor_critic.actor.model
     for temperature, allowed in [(1.0, ALLOWED), (0.7, None)]:
         other = logprobs_of(policy, batch, logprobs_at(temperature, allowed))[batch["mask"]]
         assert (other - expected).abs().mean() > 1e-3
@@ -949,7 +951,7 @@ def test_the_temperature_and_the_allowed_ids_are_those_of_the_actor(actor_critic
 def test_the_reference_starts_at_no_distance(actor_critic):
     """Exactly: one function gives both sides, so there is nothing to round differently."""
     batch = batch_of()
-    reference = copy.deepcopy(actor_critic.policy)
+    reference = copy.deepcopy(actor_critic.actor.model)
     logprobs = actor_critic(batch)["logprobs"]
     assert torch.equal(logprobs_of(reference, batch), logprobs)
 
@@ -1084,7 +1086,7 @@ def test_a_stop_before_min_length_is_no_end(policy, monkeypatch, last):
 def test_scoring_gives_each_row_its_own_numbers(actor_critic, folders, micro_batch_size):
     """Whatever the micro-batches, into which the rows go by length, and 0 outside the mask."""
     batch = batch_of(extra=2)
-    policy = actor_critic.policy
+    policy = actor_critic.actor.model
     torch.manual_seed(0)
     reference = copy.deepcopy(policy)
     for parameter in reference.parameters():
@@ -1092,7 +1094,8 @@ def test_scoring_gives_each_row_its_own_numbers(actor_critic, folders, micro_bat
     reward_model = load_reward_model(folders[1])
     reward_model.score.weight *= 2
     args = ppo_rlhf.Args(micro_batch_size=micro_batch_size, precision="fp32")
-    scored = score_tokens(batch, actor_critic, reference, args)
+    scored = score_tokens(batch, actor_critic, Actor(reference, LOGPROBS_FN), args)
+    assert scored.keys() == {"logprobs", "entropy", "values", "ref_logprobs"}
     raw_scores = score_responses(batch, reward_model, args)
     for i, (row, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
         length = len(response)
@@ -1164,7 +1167,7 @@ def gradients_and_means(rank, folders, micro_batch_size, loss_fn=ppo_loss):
     critic = load_reward_model(folders[1])
     for model in (policy, critic):
         model.set_attn_implementation("sdpa")  # Llama's plain attention has its softmax in fp32.
-    actor_critic = ActorCritic(policy, critic, LOGPROBS_FN).double()
+    actor_critic = ActorCritic(Actor(policy, LOGPROBS_FN), critic).double()
     args = ppo_rlhf.Args(
         micro_batch_size=micro_batch_size, entropy_coef=0.1, vf_coef=1.0, precision="fp32"
     )
@@ -1206,7 +1209,7 @@ def assert_same_gradients(ours, theirs):
 def test_gradients_on_two_ranks_and_in_micro_batches(on_two_ranks, folders):
     """Responses of 5, 3, 1 and 4 tokens: the same however the rows are dealt out."""
     whole, metrics = gradients_and_means(None, folders, 4)
-    assert {name.partition(".")[0] for name in whole} == {"policy", "critic"}
+    assert {name.partition(".")[0] for name in whole} == {"actor", "critic"}
     ours, ours_metrics = gradients_and_means(None, folders, 1)
     assert_same_gradients(ours, whole)
     assert ours_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)

@@ -257,7 +257,7 @@ def weights(folder, part="model"):
 def policy_of(checkpoint):
     """The policy's part of a checkpoint's weights."""
     state = torch.load(checkpoint, weights_only=True)["model"]
-    prefix = "policy."
+    prefix = "actor.model."
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
@@ -354,7 +354,7 @@ def test_saved_folders_load_plainly(finished, gpt2_folder):
     state = torch.load(finished / "checkpoints" / "step_000003.pt", weights_only=True)["model"]
     assert {x.dtype for x in state.values() if x.is_floating_point()} == {torch.float32}
     classes = {
-        "model": (AutoModelForCausalLM, "policy."),
+        "model": (AutoModelForCausalLM, "actor.model."),
         "critic": (AutoModelForSequenceClassification, "critic."),
     }
     for part, (auto_class, prefix) in classes.items():

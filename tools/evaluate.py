@@ -74,8 +74,8 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ilql_rlhf import generate_steered, load_ilql
-from ppo_rlhf import generate, last_token_scores, pack_responses, response_hidden
-from ppo_rlhf import response_logprobs, select, token_logprobs
+from ppo_rlhf import Actor, generate, last_token_scores, pack_responses, response_hidden
+from ppo_rlhf import select, token_logprobs
 from reward_model import collate
 from utils import Ranks, UserError, all_eos_ids, allowed_ids, autocast, call_reward_fn
 from utils import check_at_least, check_decoding, check_path, check_positions, encode_pair
@@ -270,9 +270,7 @@ class PlainPolicy:
         logprobs_fn = functools.partial(
             token_logprobs, temperature=temperature, allowed=self.allowed
         )
-        hidden = response_hidden(self.model, batch)
-        logprobs, _ = response_logprobs(self.model, hidden, batch, logprobs_fn)
-        return logprobs
+        return Actor(self.model, logprobs_fn)(batch)["logprobs"]
 
 
 class SteeredPolicy:
