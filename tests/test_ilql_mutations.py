@@ -347,7 +347,7 @@ BUGS = [
         "a new token one position late",
         checks=["decoding"],
         old="position_ids=positions[:, start:end],",
-        new="position_ids=positions[:, start:end] + (t > 0),",
+        new="position_ids=positions[:, start:end] + int(t > 0),",
     ),
     Bug(
         "the response cannot be read",

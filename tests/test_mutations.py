@@ -250,7 +250,7 @@ BUGS = [
         "the prompt and the first token of a response stand at one place",
         tests=["test_generate_is_the_slow_loop[gpt2-1.0-0]"],
         old="position_ids=positions[:, start:end],",
-        new="position_ids=positions[:, start:end] - (t > 0),",
+        new="position_ids=positions[:, start:end] - int(t > 0),",
     ),
     Bug(
         "the response cannot be read",
