@@ -20,9 +20,9 @@ One process:    python ppo_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 ppo_rlhf.py --model runs/my_sft/model \
                     --reward_model runs/my_rm/model --dataset my_prompts.jsonl --lr 1e-5
 
-Shapes. B rows on this rank; P tokens in the longest prompt of the data set; R tokens in the longest
-response, at most response_length; T = P + R; V vocabulary; d hidden width. A micro-batch is cut to
-the R and T of its own longest rows.
+Shapes. B rows on this rank; P tokens in the longest prompt of the data set; R response_length;
+T = P + R; V vocabulary; d hidden width. A micro-batch is cut: its R is its longest response, and
+its T its longest row.
 
 Time. Index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
 values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
@@ -54,10 +54,11 @@ Scores and rewards
       log-ratio of the sampled token (k1). The k3 estimate is logged and never trained on.
     - The score is paid at the last token itself; Huang et al. pay it one position later.
 Critic
-    - The critic is a network of its own that starts as a copy of the reward model. With
-      --value_trunk shared it is a head on the policy's own network, which is then trained by the
-      value loss too. That saves the memory of a network and no time: it is run once for the
-      log-probabilities and once for the values.
+    - The critic is a network of its own. It starts as a copy of the reward model, or, with
+      --reward_fn, as a copy of the policy with a head of zeros.
+    - With --value_trunk shared it is a head of zeros on the policy's own network, which is then
+      trained by the value loss too. That saves the memory of a network and no time: the network is
+      run once for the log-probabilities and once for the values.
 Loss and steps
     - Advantages are whitened over the real tokens of the whole batch. A minibatch's loss is a sum
       over its real tokens divided by their number. Both are taken over all ranks.

@@ -5,6 +5,7 @@ definitions are plain calls of the library's models.
 """
 
 import functools
+
 import pytest
 import torch
 from transformers import (

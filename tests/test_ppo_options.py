@@ -5,8 +5,8 @@ ratio guard and early stop; what ends a response and what it may hold; what is l
 random; models that are refused; and everything at once.
 """
 
-import functools
 import copy
+import functools
 import json
 import math
 import shutil
@@ -29,8 +29,14 @@ from transformers import (
 import ppo_rlhf
 import utils
 from conftest import build_config, write_jsonl
-from ppo_rlhf import Actor, ActorCritic, RunningMoments, load_critic, load_models
-from ppo_rlhf import token_logprobs
+from ppo_rlhf import (
+    Actor,
+    ActorCritic,
+    RunningMoments,
+    load_critic,
+    load_models,
+    token_logprobs,
+)
 from test_ppo_runs import (
     PAD,
     R,
@@ -578,7 +584,6 @@ def test_everything_random_depends_on_the_seed(settings, tmp_path, monkeypatch):
         return seeded(*key)
 
     seeded = utils.seeded
-    monkeypatch.setattr(utils, "seeded", watching)
     monkeypatch.setattr(utils, "seeded", watching)
     run(settings(tmp_path / "run", seed=7, num_epochs=2, updates=2))
     assert {key[0] for key in keys} == {7}

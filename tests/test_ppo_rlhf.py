@@ -4,8 +4,8 @@ What is expected is always worked out the long way round: plain Python loops, ro
 no cache.
 """
 
-import functools
 import copy
+import functools
 import math
 
 import pytest
