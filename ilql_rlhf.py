@@ -7,6 +7,11 @@ One language model is the behaviour policy pi_beta: it imitates the data. Small 
 hidden state are the value function V, two Q functions, and for each Q a target, which is a slow
 copy of it. A state is a text so far, and an action is the next token that the agent says.
 
+The idea: Q-learning wants the best action in the next state, but offline nobody knows what an
+action is worth that the data does not hold. So V learns, by expectile regression, nearly the best
+target Q among the actions that the data does hold, and Q learns from V. While decoding, Q is asked
+about all actions after all, so CQL keeps it low where there was no data.
+
 Each step:
     1. batch    rows of (prompt, completion, reward), or rated dialogues
     2. loss     for each action of the batch:
@@ -27,12 +32,12 @@ One process:    python ilql_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 ilql_rlhf.py --model runs/my_sft/model \
                     --dataset my_rated.jsonl --batch_size 64 --lr 1e-4
 
-Shapes. B rows in a micro-batch; T tokens in the longest of them; A actions in the row that has the
-most; V vocabulary; d hidden width.
+Shapes. B rows in a micro-batch; T tokens in the longest of them, without its last token, which is
+no state; A actions in the row that has the most; V vocabulary; d hidden width.
 
-Names. `policy` is the language model pi_beta, and `vs` are values. The paper's letter beta stands
-for two things: the flag --beta is the exponent in AWAC's weight, and the argument `beta` of `steer`
-and of sampling is the steering strength, one of --eval_betas. They are unrelated.
+Names. `policy` is the language model pi_beta, and `vs` are values. Two factors of the advantage are
+called beta, and each is set by itself: in training, the flag --beta is the exponent in AWAC's
+weight; in decoding, the argument `beta` of `steer` is the steering strength, one of --eval_betas.
 
 How a row becomes states and actions. State i is the text up to and including token i, and its
 action is token i + 1. Here are eight tokens of a dialogue, in which "|" is EOS and the agent says
@@ -57,18 +62,21 @@ Data
     - What the user says, what the chat template writes around turns, and assistant turns inside a
       `prompt` are not actions. The EOS that ends a turn is one.
     - A row with more than --max_length tokens is left out, never cut. The number of such rows is
-      printed. A completion that contains EOS ends at the first one.
+      printed.
+    - A completion of plain text ends at its first EOS, and the rest is dropped. A turn of a
+      conversation ends at its first EOS too, or where the chat template ends it, and then EOS is
+      added; what the template writes after that EOS is context of the next turn.
     - Rows are padded on the right with more EOS. Causal attention never looks ahead, so no real
       token sees the padding, and the model needs neither an attention mask nor position ids. Padded
       actions have mask False and no loss.
 Loss
     - Both Qs are trained, and their q and cql losses are added. Wherever a single Q is needed (in
       the loss of V, in AWAC's weight, in decoding) it is the smaller of the two targets.
-    - No gradient flows into the targets, into V of the next state, or into AWAC's weight, which is
-      not clipped. The gradients of q, v, cql and awac all reach the language model. With
+    - No gradient flows into the target Qs, into V of the next state, or into AWAC's weight, which
+      is not clipped. The gradients of q, v, cql and awac all reach the language model. With
       --policy_lr_scale 0 it is frozen.
-    - The last layers of V and the Qs start at 0, so that nothing random is bootstrapped or steers
-      at first.
+    - V and the Qs are 0 at the start: the last layer that is trained starts at 0. So no random
+      value is learned from, and none steers.
     - The paper trains three language models and divides AWAC by all tokens. Here there is one
       language model, and AWAC is divided by the number of actions.
     - All ranks draw the same batch. It is sorted by length, and with n ranks, rank r takes the rows
@@ -80,8 +88,8 @@ Sampling
       model. The pad token and ids that have no token are never sampled.
 Precision
     - Models are loaded in fp32 and without dropout. With --precision bf16 only the language model
-      computes in bf16, and that of the copy to sample from is rounded to bf16. V, Qs, losses,
-      trained weights and optimizer state are fp32.
+      computes in bf16, and the language model of the copy to sample from is stored in bf16. V, Qs,
+      losses, trained weights and optimizer state are fp32.
     - --compile compiles each transformer layer, `ilql_loss`, and the decoding step after the
       prompt. It is the default on CUDA.
 """
@@ -110,8 +118,8 @@ class Args:
     """the model to train, a Hub name or a folder, preferably of a run of sft.py; if the folder
     holds only a config, the weights are random"""
     dataset: str = "data/randomwalks/rated.jsonl"
-    """rows with prompt+completion+reward, or messages+reward; for messages the reward may also be a
-    list, one for each assistant turn"""
+    """rows with prompt+completion+reward, or messages+reward; the reward is a number, or a list
+    with a number for each turn of the agent"""
     eval_dataset: str | None = None
     """rows with a column `prompt` to sample from; their other columns are passed to --reward_fn. If
     not given: prompts.jsonl beside --dataset"""
@@ -137,15 +145,17 @@ class Args:
     """rows per forward and backward on one rank. Fewer rows need less memory, contain less padding,
     and do not change the result"""
     max_length: int = 512
-    """the most tokens of a row; longer rows are left out and counted on the screen"""
+    """the most tokens that a row may have; longer rows are left out and counted on the screen"""
     normalize_rewards: bool = False
-    """subtract the mean of the dataset's rewards and divide by their standard deviation"""
+    """subtract the mean of the rewards of all rows that are kept, and divide by their standard
+    deviation"""
     num_qs: Literal[1, 2] = 2
     """Q functions; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """ids: Q's last layer has weights of its own for each id. embeddings: that layer is a frozen
-    copy of the language-model head, so that similar ids share what is learned; for large
-    vocabularies, with --lr 2e-4"""
+    """ids: Q has a row of weights for each id, which are learned apart. embeddings: the rows are a
+    frozen, normalised copy of those of the language-model head, so that similar ids share what is
+    learned, and the input of V and the Qs is standardised; for large vocabularies, with
+    --lr 2e-4"""
     tau: float = 0.8
     """expectile, above 0 and at most 1: at 0.5, V is the mean of target Q over the data"""
     gamma: float = 0.99
@@ -176,8 +186,8 @@ class Args:
     eval_samples: int = 200
     """responses at each steering strength, over all ranks, spread evenly over the prompts"""
     response_length: int = 10
-    """the most tokens of a sample, EOS included; prompts longer than max_length - response_length
-    are left out and counted on the screen"""
+    """the most tokens that a sample may have, EOS included; prompts longer than
+    max_length - response_length are left out and counted on the screen"""
     log_every: int = 20
     """steps between two lines of metrics"""
     save_every: int = 0
@@ -201,12 +211,13 @@ def ilql_loss(
 
     qs, target_qs: lists of (B,A,V); logits (B,A,V); vs, next_vs, rewards (B,A); actions (B,A) ids;
     terminal, mask (B,A) bool. args: anything with tau, gamma, beta, cql_weight, awac_weight. Sums
-    over real actions are divided by num_tokens (None: their number here). cql and awac are
-    unweighted.
+    over real actions are divided by num_tokens, a number of actions (None: that of this batch). cql
+    and awac are unweighted.
     """
     if num_tokens is None:
         num_tokens = mask.sum().clamp(min=1)
-    # Where there is no action, put 0: a NaN there would reach the gradient through the sums below.
+    # Blank what stands in padded columns: masking the losses alone would leave 0 * NaN in the
+    # backward pass, if a caller's padding held NaN.
     qs = [q.masked_fill(~mask[..., None], 0.0) for q in qs]
     target_qs = [q.masked_fill(~mask[..., None], 0.0) for q in target_qs]
     logits = logits.masked_fill(~mask[..., None], 0.0)
@@ -237,9 +248,9 @@ def ilql_loss(
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
     awac_loss = -advantage_weight * logprobs
 
-    token_losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
+    action_losses = {"q": q_loss, "v": v_loss, "cql": cql_loss, "awac": awac_loss}
     losses = {}
-    for name, loss in token_losses.items():
+    for name, loss in action_losses.items():
         losses[name] = loss.masked_fill(~mask, 0.0).sum() / num_tokens
     total = losses["q"] + losses["v"]
     total = total + args.cql_weight * losses["cql"] + args.awac_weight * losses["awac"]
@@ -250,7 +261,8 @@ def steer(logits, target_qs, vs, beta):
     """Logits (B,V) of the steered policy: log_softmax(logits) + beta * (smaller target Q - value).
 
     logits (B,V) of pi_beta; target_qs: a list of (B,V); vs (B,) (Snell et al. 2022, section 4). The
-    value does not change the distribution, only the scale on which one may clip or compare.
+    value shifts all logits of a state alike, so it does not change the distribution; with it, the
+    term is the advantage.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     advantages = torch.stack(target_qs).amin(0) - vs[..., None]
@@ -394,7 +406,8 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
     """One token id per row, (B,), by inverting the cumulative distribution.
 
     logits (B,V); uniforms (B,) in [0,1). The token is the first whose cumulative probability
-    exceeds u times the total. Temperature 0 takes the most likely one.
+    exceeds the threshold, u times the total. Temperature 0 takes the most likely one. The
+    randomness is an argument, so that the samples do not depend on the number of ranks.
     """
     logits = logits.float()
     if allowed is not None:
@@ -404,10 +417,11 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
         return likeliest.squeeze(1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    # Rounding can put the target at the total, or let a parallel sum step up where the probability
-    # is 0. Then the index is no token, or an impossible one: take the most likely token instead.
-    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    # Rounding can put the threshold at the total, or let a parallel sum step up where the
+    # probability is 0. Then the index is no token, or an impossible one: take the most likely token
+    # instead.
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
     is_possible = probabilities.gather(1, tokens) > 0
     return torch.where(is_possible, tokens, likeliest).squeeze(1)
 
@@ -421,14 +435,14 @@ def steered_decode_step(ilql, tokens, uniforms, beta, temperature, allowed, **in
 @torch.no_grad()
 def generate_steered(
     ilql, queries, query_mask, uniforms, beta, stop_ids, pad_id, allowed=None, temperature=1.0,
-    step=steered_decode_step, cache=None,
+    decode_fn=steered_decode_step, cache=None,
 ):  # fmt: skip
     """Sample a response (B,R) to each prompt; a row is pad_id after its first stop id.
 
     queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
     the randomness there is. beta: the steering strength. allowed (V,) bool: ids that may be
-    sampled. The temperature divides the steered logits. step: `steered_decode_step` or its compiled
-    version. cache: one with a slot for each of the P + R tokens, to be used again.
+    sampled. The temperature divides the steered logits. decode_fn: `steered_decode_step` or its
+    compiled version. cache: one with a slot for each of the P + R tokens, to be used again.
     """
     B, P = queries.shape
     R = uniforms.shape[1]
@@ -449,8 +463,8 @@ def generate_steered(
     start = 0
     for t in range(R):
         end = P + t
-        step_fn = steered_decode_step if t == 0 else step
-        next_tokens = step_fn(
+        feed = steered_decode_step if t == 0 else decode_fn
+        next_tokens = feed(
             ilql,
             tokens,
             uniforms[:, t],
@@ -485,9 +499,10 @@ def turns_of_text(tokenizer, row):
 def turns_of_messages(tokenizer, messages, num_given):
     """A pair of token ids, (what stands before, what the agent says), for each assistant turn.
 
-    The first num_given messages are a prompt, whose assistant turns are not actions. A turn ends at
-    its first EOS. What the chat template writes after that, up to the next turn, stands before the
-    next turn.
+    The first num_given messages are a prompt, whose assistant turns are not actions. For the
+    dialogue in the manual: ("u:", "x|") and ("v:", "y|"). Of a turn, the agent says what the chat
+    template writes up to the first EOS; the rest stands before the next turn. If the template
+    writes no EOS, one is added.
     """
     turns = []
     rendered = ""  # All text up to and including the EOS of the last turn.
@@ -637,17 +652,17 @@ def micro_batch_loss(model, rows, num_actions, means, loss_fn, fill_id, args, de
     # none: `terminal` is True there, and the loss puts 0.
     next_vs = F.pad(output["vs"][:, 1:], (0, 1))
     losses = loss_fn(
-        output["qs"],
-        output["target_qs"],
-        output["vs"],
-        next_vs,
-        output["logits"],
-        batch["actions"],
-        batch["rewards"],
-        batch["terminal"],
-        mask,
-        args,
-        num_actions,
+        qs=output["qs"],
+        target_qs=output["target_qs"],
+        vs=output["vs"],
+        next_vs=next_vs,
+        logits=output["logits"],
+        actions=batch["actions"],
+        rewards=batch["rewards"],
+        terminal=batch["terminal"],
+        mask=mask,
+        args=args,
+        num_tokens=num_actions,
     )
     for name in ("q", "v", "cql", "awac"):
         means.add_sum(f"loss/{name}", losses[name] * num_actions, mask.sum())
@@ -792,15 +807,15 @@ def steered_sampler(args, tokenizer, ilql):
     sampler = copy.deepcopy(ilql).requires_grad_(False)
     if args.precision == "bf16":
         utils.to_bf16(sampler.policy)
-    step = steered_decode_step
+    decode_fn = steered_decode_step
     if args.compile:
-        step = torch.compile(steered_decode_step, mode="reduce-overhead", fullgraph=True)
+        decode_fn = torch.compile(steered_decode_step, mode="reduce-overhead", fullgraph=True)
     device = ilql.hidden_mean.device
     sampling = {
         "stop_ids": torch.tensor([tokenizer.eos_token_id], device=device),
         "pad_id": tokenizer.pad_token_id,
         "allowed": utils.allowed_ids(tokenizer, ilql.policy.config.vocab_size, device),
-        "step": step,
+        "decode_fn": decode_fn,
     }
     return sampler, sampling
 
@@ -844,7 +859,7 @@ def main(args):
     batches = utils.global_batches(len(rows), args.batch_size, num_steps, args.seed, done)
     shown = ["loss/q", "loss/v", "loss/cql", "loss/awac"]
     shown += [f"eval/score@beta={beta:g}" for beta in args.eval_betas]
-    sample = functools.partial(
+    evaluate_at = functools.partial(
         evaluate,
         sampler,
         prompts,
@@ -857,7 +872,7 @@ def main(args):
     )
     means = utils.Means()
     if done == 0 and prompts:
-        run.log(0, sample(step=0), shown)
+        run.log(0, evaluate_at(step=0), shown)
 
     for step in utils.progress(done, num_steps, ranks, run.script):
         # 1. Batch: indices of rows, the same on all ranks.
@@ -869,6 +884,7 @@ def main(args):
             part = [rows[i] for i in group]
             loss = micro_batch_loss(ilql, part, num_actions, means, loss_fn, fill_id, args, device)
             loss.backward()
+        # A sum and not a mean, because the loss was divided by the size of the whole batch.
         utils.sum_gradients(ilql)
 
         # 3. Update, first the parameters, then the targets.
@@ -893,7 +909,7 @@ def main(args):
             means = utils.Means()
             if evaluates:
                 utils.copy_weights(ilql, sampler)
-                metrics |= sample(step=step)
+                metrics |= evaluate_at(step=step)
             run.log(step, metrics, shown)
         if saves:
             run.save_checkpoint(step, state)

@@ -27,7 +27,7 @@ its T its longest row.
 Time. Index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
 values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
 
-Layout. Prompts are padded on the left in `generate` alone. After that, each row is packed to the
+Layout. Prompts are padded on the left for `generate` alone. After that, each row is packed to the
 left: prompt, response, padding. Causal attention never looks ahead, so no real token sees the
 padding, and outside `generate` no model needs an attention mask or position ids.
 
@@ -36,11 +36,12 @@ and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. The e
 belongs to the response: its mask is True.
 
 Responses
-    - A response ends at EOS, at any further EOS id in the model's configs, or at --stop_token.
+    - The end tokens are EOS, any further EOS ids in the model's configs, and those of --stop_token.
       Within the first --min_length tokens an end token does not end it: the response goes on, and
       its mask stays True.
-    - There is no top-k or top-p. The pad token and ids that have no token get probability 0, in the
-      sampler, the policy and the reference alike. The temperature divides the logits wherever a
+    - There is no top-k or top-p. The pad token, and ids of the model's vocabulary to which the
+      tokenizer gives no token, have probability 0, in the sampler, the policy and the reference
+      alike. The temperature divides the logits wherever a
       probability is computed.
     - Responses are sampled from a copy of the policy, refreshed before each rollout. The old
       log-probabilities are computed by the policy itself, so the probability ratios of an update's
@@ -48,7 +49,7 @@ Responses
 Scores and rewards
     - A response that reaches --response_length without an end token is treated as finished: the
       state after it is worth 0, and nothing is bootstrapped. Its score is replaced by
-      --missing_eos_score.
+      --missing_eos_score, unless that is none.
     - Scores are normalised, then clipped, then replaced. The first two are off by default.
     - The KL to the reference is paid in the reward, never in the loss. Its estimate is the
       log-ratio of the sampled token (k1). The k3 estimate is logged and never trained on.
@@ -67,18 +68,26 @@ Loss and steps
       --micro_batch_size changes the result, up to rounding.
     - A step is skipped if its gradient is not finite, or if the mean probability ratio of its
       tokens is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends an update
-      before a step, but never before the first. Neither kind of minibatch enters the metrics.
+      before a step, but never before the first. Minibatches that are skipped, and the one that
+      ends an update early, are left out of the metrics.
 Precision
-    - With --precision bf16 the frozen models (sampler, reference, reward model) are rounded to
-      bf16, so the first KL is only nearly 0. The trained weights stay fp32 and compute in bf16
-      through autocast. Log-softmax, scores, values and losses are always fp32. Dropout is off.
-    - --compile compiles the layers of all models but the sampler, the sampler's decoding step after
-      the prompt, and `token_logprobs`. It is the default on CUDA.
+    - With --precision bf16 the weights of the models that are not trained (sampler, reference,
+      reward model) are rounded to bf16, so the first KL is only nearly 0. The trained weights stay
+      fp32 and compute in bf16 through autocast. Score heads, log-softmax, scores, values and losses
+      are always fp32. Dropout is off.
+    - --compile, the default on CUDA, compiles three things: each layer of the policy, the critic,
+      the reference and the reward model; `token_logprobs`; and, as a whole, the sampler's decoding
+      step. The sampler's pass over the prompt is not compiled.
 
 From utils.py the algorithm needs, over all ranks: `masked_mean(x, mask)`; `whiten(x, mask)`, which
 scales x to mean 0 and variance 1 where mask is True and puts 0 elsewhere; `all_gather(x)`, the rows
 of all ranks; `sum_gradients(model)`; and `Means`, which averages metrics. `pack_rows` moves the
-real tokens of each row to the left, and `split_by_length` splits row numbers into micro-batches.
+real tokens of each row to the left. `split_by_length` sorts rows by length, takes rank r's share
+(with n ranks, r, r + n, r + 2n and so on), and cuts it into micro-batches.
+
+To change it: another advantage estimator is another `ppo_targets`, and another loss another
+`ppo_loss`; the latter must keep the statistics val/ratio and policy/approxkl_avg, which `optimize`
+reads. Several responses to a prompt are a matter of `next_prompts`.
 """
 
 import copy
@@ -103,8 +112,9 @@ class Args:
     """the model to train, a Hub name or a folder; the frozen reference is a copy of it. If not
     given: the newest finished run of sft.py"""
     reward_model: str | None = None
-    """the model that scores responses, a Hub name or a folder; the critic starts as a copy of it.
-    If neither this nor --reward_fn is given: the newest finished run of reward_model.py"""
+    """the model that scores responses, a Hub name or a folder; with --value_trunk separate the
+    critic starts as a copy of it. If neither this nor --reward_fn is given: the newest finished run
+    of reward_model.py"""
     reward_fn: str | None = None
     """a function that scores responses instead of a reward model:
     path/to/file.py:function(prompts, responses, **columns), which returns a number for each
@@ -133,8 +143,7 @@ class Args:
     response_length: int = 10
     """the most tokens a response may have, including the end token"""
     stop_token: str | None = None
-    """a text, such as ".", each of whose tokens ends a response as EOS does. If not given: EOS
-    alone"""
+    """a text, such as "."; it is tokenised, and each of its tokens ends a response, as EOS does"""
     min_length: int = 0
     """an end token among the first min_length tokens of a response does not end it"""
     temperature: float = 1.0
@@ -147,10 +156,10 @@ class Args:
     kl_coef: float = 0.05
     """the price of one nat of KL to the reference; with --target_kl_nats, the initial price"""
     target_kl_nats: float | None = None
-    """adapt kl_coef until the mean KL of a response is this many nats. If not given: kl_coef is
-    constant"""
+    """keep adapting kl_coef so that the mean KL of a response is this many nats. If not given:
+    kl_coef is constant"""
     kl_horizon: int = 10000
-    """with --target_kl_nats: kl_coef changes by at most a fifth in this many episodes"""
+    """with --target_kl_nats: kl_coef changes by at most about a fifth in this many episodes"""
     cliprange: float = 0.2
     """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
@@ -160,12 +169,14 @@ class Args:
     ratio_guard: float = 10.0
     """skip an optimizer step whose mean probability ratio is above this or below 1 / this"""
     early_stop_kl: float | None = None
-    """end an update, after at least one step, at a minibatch with policy/approxkl_avg above this.
-    If not given: never"""
+    """end an update, after at least one step, at a minibatch whose policy/approxkl_avg, the
+    distance from the policy before the update, is above this. If not given: never"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
-    """lambda of GAE: at 0 an advantage relies on the critic alone, at 1 on the rewards alone"""
+    """lambda of GAE. At 0 an advantage is the one-step temporal difference, which has little
+    variance and the critic's bias; at 1 it is the sum of the rewards to come minus the value, which
+    has no bias and much variance"""
     value_trunk: Literal["separate", "shared"] = "separate"
     """separate: the critic is a network of its own, a copy of the reward model, or, without one, a
     copy of the policy with a head of zeros. shared: the critic is a head of zeros on the policy's
@@ -182,7 +193,7 @@ class Args:
     """clip scores to -cliprange_score .. cliprange_score, after normalisation. If not given: do
     not clip"""
     whiten_rewards: bool = False
-    """divide the rewards of a batch by their standard deviation, keeping their mean"""
+    """replace the rewards r of a batch by (r - mean) / standard deviation + mean"""
     missing_eos_score: float | Literal["none"] = -1.0
     """the score of a response that does not end by itself; none: it keeps its own score"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -284,9 +295,9 @@ def value_loss(new_values, values, returns, cliprange_value):
     """Half the squared error of the value, clipped: (loss, clipped), each (B,R).
 
     The larger of two errors counts: that of the new value, and that of the clipped value, which is
-    at most cliprange_value away from the old one (as in the code of Ziegler et al. 2019). So there
-    is no gradient where the new value is beyond the clipped one on the way to the return, and the
-    full gradient wherever it is further from the return. clipped: where the clipped error is
+    at most cliprange_value away from the old one (as in the code of Ziegler et al. 2019). So a
+    value that has moved towards its return by more than cliprange_value gets no further gradient,
+    and one that has moved away from it gets the full one. clipped: where the clipped error is
     strictly the larger.
     """
     clipped_values = new_values.clamp(values - cliprange_value, values + cliprange_value)
@@ -297,7 +308,11 @@ def value_loss(new_values, values, returns, cliprange_value):
 
 
 def ppo_targets(batch, kl_coef, args):
-    """What the losses aim at: rewards, advantages and returns, each (B,R)."""
+    """rewards, advantages and returns, each (B,R), of this rank's rows.
+
+    batch has scores (B,), and logprobs, ref_logprobs, values and mask (B,R). The returns, which the
+    value loss aims at, are those of the rewards before whitening of the advantages.
+    """
     mask = batch["mask"]
     rewards = compute_rewards(
         batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef
@@ -327,6 +342,7 @@ def ppo_loss(new, batch, args):
         "val/clipfrac_avg": vf_clipped,
         "loss/policy_avg": pg_loss,
         "policy/entropy_avg": new["entropy"],
+        # The distance from the policy before the update, not from the reference.
         "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
         "policy/clipfrac_avg": pg_clipped,
         "val/ratio": ratio,
@@ -466,7 +482,8 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
     """One token id per row, (B,), by inverting the cumulative distribution.
 
     logits (B,V); uniforms (B,) in [0,1). The token is the first whose cumulative probability
-    exceeds u times the total. Temperature 0 takes the most likely one.
+    exceeds the threshold, u times the total. Temperature 0 takes the most likely one. The
+    randomness is an argument, so that the samples do not depend on the number of ranks.
     """
     logits = logits.float()
     if allowed is not None:
@@ -476,10 +493,11 @@ def sample_tokens(logits, uniforms, temperature, allowed=None):
         return likeliest.squeeze(1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    # Rounding can put the target at the total, or let a parallel sum step up where the probability
-    # is 0. Then the index is no token, or an impossible one: take the most likely token instead.
-    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    # Rounding can put the threshold at the total, or let a parallel sum step up where the
+    # probability is 0. Then the index is no token, or an impossible one: take the most likely token
+    # instead.
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
     is_possible = probabilities.gather(1, tokens) > 0
     return torch.where(is_possible, tokens, likeliest).squeeze(1)
 
@@ -493,14 +511,14 @@ def decode_step(model, tokens, uniforms, temperature, allowed, **inputs):
 @torch.no_grad()
 def generate(
     model, queries, query_mask, uniforms, temperature, stop_ids, pad_id, allowed=None, min_length=0,
-    step=decode_step, cache=None,
+    decode_fn=decode_step, cache=None,
 ):  # fmt: skip
     """Sample a response (B,R) to each prompt; a row is pad_id after its end.
 
     queries (B,P), left padded; query_mask (B,P): their real tokens. uniforms (B,R) in [0,1) are all
     the randomness there is. stop_ids end a row at an index >= min_length. allowed (V,) bool: ids
-    that may be sampled. step: `decode_step` or its compiled version. cache: one with a slot for
-    each of the P + R tokens, to be used again.
+    that may be sampled. decode_fn: `decode_step` or its compiled version. cache: one with a slot
+    for each of the P + R tokens, to be used again.
     """
     B, P = queries.shape
     R = uniforms.shape[1]
@@ -520,8 +538,8 @@ def generate(
     start = 0
     for t in range(R):
         end = P + t
-        step_fn = decode_step if t == 0 else step
-        next_tokens = step_fn(
+        feed = decode_step if t == 0 else decode_fn
+        next_tokens = feed(
             model,
             tokens,
             uniforms[:, t],
@@ -586,8 +604,8 @@ def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id)
     is_real = torch.cat([query_mask, mask], dim=1)
     input_ids, lengths = utils.pack_rows(torch.cat([queries, responses], dim=1), is_real)
     is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    # What stands after the end is computed too and then masked. So it must be an allowed id, like
-    # EOS: the log-probability of a pad would be -inf, and its gradient NaN.
+    # Padding goes through the loss as well, before it is masked. The log-probability of a pad would
+    # be -inf there and its gradient NaN, which no mask stops. So the padding is EOS, an allowed id.
     return {
         "input_ids": input_ids.masked_fill(~is_real, eos_id),
         "is_real": is_real,
@@ -598,18 +616,19 @@ def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id)
     }
 
 
-def select(batch, rows):
-    """Some rows of every tensor, cut after their longest sequence and their longest response.
+# The tensors of a batch that cover prompt and response, (B,T). All others are (B,R) or (B,).
+WHOLE_ROWS = ("input_ids", "is_real")
 
-    input_ids and is_real are (B,T), prompt and response; every other 2-d tensor is (B,R).
-    """
+
+def select(batch, rows):
+    """Some rows of every tensor, cut after their longest row and their longest response."""
     index = torch.tensor(rows, device=batch["mask"].device)
     part = {name: x[index] for name, x in batch.items()}
     T = part["is_real"].sum(1).max().item()
     R = part["mask"].sum(1).max().item()
     for name, x in part.items():
         if x.ndim == 2:
-            length = T if name in ("input_ids", "is_real") else R
+            length = T if name in WHOLE_ROWS else R
             part[name] = x[:, :length]
     return part
 
@@ -625,7 +644,7 @@ def micro_batches(batch, rows, args, ranks=None):
 
 
 @torch.no_grad()
-def score_tokens(batch, model, reference, args):
+def evaluate_tokens(batch, model, reference, args):
     """What the models say of each response token before the update: (B,R), 0 outside the mask.
 
     Returns logprobs, entropy and values of the model, and ref_logprobs.
@@ -674,20 +693,21 @@ def final_scores(raw_scores, has_eos, moments, args):
     return scores
 
 
-def accumulate_gradients(model, batch, minibatch, loss_fn, args, ranks):
+def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
     """Forward and backward of a minibatch; every rank ends with the gradient of all of it.
 
-    batch: the rows of all ranks. minibatch: row numbers, the same on all ranks. Returns the `Means`
-    of this rank's share.
+    full_batch: the rows of all ranks. minibatch: row numbers, the same on all ranks. Returns the
+    `Means` of this rank's share.
     """
     means = utils.Means()
-    num_tokens = batch["mask"][minibatch.to(ranks.device)].sum()
-    for _, part in micro_batches(batch, minibatch.tolist(), args, ranks):
+    num_tokens = full_batch["mask"][minibatch.to(ranks.device)].sum()
+    for _, part in micro_batches(full_batch, minibatch.tolist(), args, ranks):
         with utils.autocast(args, ranks.device):
             new = model(part)
         loss_sum, stats = loss_fn(new, part, args)
         (loss_sum / num_tokens).backward()
         means.add(stats, part["mask"])
+    # A sum and not a mean, because each share was divided by the number of tokens of all of them.
     utils.sum_gradients(model)
     return means
 
@@ -875,7 +895,7 @@ def load_critic(args, tokenizer, policy):
     utils.fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
     if not starts_as_reward_model:
         torch.nn.init.zeros_(critic.score.weight)
-        # If --model is only a config, both were random, each in its own way: make them equal.
+        # If --model is only a config, each load draws random weights of its own: take the policy's.
         critic.base_model.load_state_dict(policy.base_model.state_dict())
     if args.value_trunk == "shared":
         # The critic's own network goes; the policy's is put in its place.
@@ -892,9 +912,9 @@ def make_sampler(args, tokenizer, policy, longest_prompt, allowed):
     sampler = copy.deepcopy(policy).requires_grad_(False)
     if args.precision == "bf16":
         utils.to_bf16(sampler)
-    step = decode_step
+    decode_fn = decode_step
     if args.compile:
-        step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
+        decode_fn = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
     stop_ids = utils.stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
     sampling = {
         "temperature": args.temperature,
@@ -902,7 +922,7 @@ def make_sampler(args, tokenizer, policy, longest_prompt, allowed):
         "pad_id": tokenizer.pad_token_id,
         "allowed": allowed,
         "min_length": args.min_length,
-        "step": step,
+        "decode_fn": decode_fn,
         "cache": utils.static_cache(policy.config, longest_prompt + args.response_length),
     }
     return sampler, sampling
@@ -975,7 +995,7 @@ def main(args):
             raw_scores = score_responses(batch, reward_model, args)
         batch["raw_scores"] = raw_scores
         batch["scores"] = final_scores(raw_scores, batch["has_eos"], moments, args)
-        batch |= score_tokens(batch, model, reference, args)
+        batch |= evaluate_tokens(batch, model, reference, args)
         watch.lap("time/score")
 
         # 3. Advantages.

@@ -8,8 +8,7 @@ Each step:
     1. batch    rows of (prompt, chosen, rejected), which give two token sequences: the prompt with
                 the chosen response, and with the rejected one, each ending with EOS
     2. loss     -log sigmoid(score of chosen - score of rejected - margin), the model of Bradley and
-                Terry; the mean over the pairs of the batch on all ranks. The score of a sequence is
-                a linear head on the hidden state of its last real token
+                Terry; the mean over the pairs of the batch on all ranks
     3. update   the gradient is clipped to the norm --max_grad_norm, and Adam takes a step. The
                 learning rate falls linearly from lr in the first step to lr / num_steps in the last
 At the end, if there are demonstrations:
@@ -28,8 +27,8 @@ the padding, and the model needs neither an attention mask nor position ids. Our
 only says how long each sequence is.
 
 Scores
-    - The score is read at the last real token, which is EOS. It is found by the length of the
-      sequence, never by its ids.
+    - The score of a sequence is a linear head on the hidden state of its last real token, which is
+      EOS. That token is found by the length of the sequence, never by its ids.
     - The head has no bias, because AutoModelForSequenceClassification has none. Its weights start
       at N(0, 1/(d + 1)); a model that has a head already, such as another reward model, keeps it.
     - `score_mean` is 0 during training, also for a reward model that had another: the loss would
@@ -84,9 +83,6 @@ class Args:
     margin, in units of the score"""
     eval_dataset: str | None = None
     """held-out rows of the same kind. If not given: one row in twenty of --dataset"""
-    demonstrations: str | None = None
-    """rows with prompt+completion whose mean score becomes 0. If not given: demonstrations.jsonl
-    beside --dataset; if that does not exist, scores are not centred"""
     max_rows: int | None = None
     """use only the first max_rows rows of --dataset. If not given: all rows"""
     output_dir: str | None = None
@@ -112,6 +108,9 @@ class Args:
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     use_margin: bool = True
     """subtract the column margin inside the loss, where the rows have one"""
+    demonstrations: str | None = None
+    """rows with prompt+completion whose mean score becomes 0. If not given: demonstrations.jsonl
+    beside --dataset; if that does not exist, scores are not centred"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what forward and backward compute in; weights, optimizer state and scores stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -185,12 +184,12 @@ def load_comparisons(path, tokenizer, args, max_rows=None):
         if not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"margin is {margin!r}, not a finite number")
         prompt = row.get("prompt", "")
-        # The ids of a response end with EOS.
-        prompt_ids, chosen_ids = utils.encode_pair(tokenizer, prompt, row["chosen"])
-        chosen = prompt_ids + chosen_ids
-        prompt_ids, rejected_ids = utils.encode_pair(tokenizer, prompt, row["rejected"])
-        rejected = prompt_ids + rejected_ids
-        return [{"chosen": chosen, "rejected": rejected, "margin": float(margin)}]
+        # The ids of a prompt, and of a response with EOS at its end. Without a column `prompt` the
+        # two sides may have prompts of their own.
+        prompt_1, chosen = utils.encode_pair(tokenizer, prompt, row["chosen"])
+        prompt_2, rejected = utils.encode_pair(tokenizer, prompt, row["rejected"])
+        pair = {"chosen": prompt_1 + chosen, "rejected": prompt_2 + rejected}
+        return [{**pair, "margin": float(margin)}]
 
     rows = utils.load_rows(path, [("chosen", "rejected")], max_rows)
     pairs = utils.encode_rows(path, rows, encode)
@@ -208,24 +207,6 @@ def load_data(args, tokenizer):
     if args.eval_dataset:
         return pairs, load_comparisons(args.eval_dataset, tokenizer, args)
     return utils.hold_out(pairs, args.seed)
-
-
-def load_demonstration_ids(args, tokenizer):
-    """Token ids of the demonstrations that fit; an empty list where there is no file of them."""
-    path = args.demonstrations
-    beside = Path(args.dataset).with_name("demonstrations.jsonl")
-    if path is None and beside.is_file():
-        path = str(beside)
-    if path is None:
-        return []
-
-    def encode(row):
-        prompt_ids, completion_ids = utils.encode_pair(tokenizer, row["prompt"], row["completion"])
-        return [prompt_ids + completion_ids]
-
-    rows = utils.load_rows(path, [("prompt", "completion")])
-    sequences = utils.encode_rows(path, rows, encode)
-    return utils.leave_out_long(path, sequences, len, args.max_length)
 
 
 def collate(sequences, fill_id):
@@ -265,18 +246,51 @@ def evaluate(model, pairs, fill_id, args, ranks):
     return {f"eval/{name}": value for name, value in means.over_ranks().items()}
 
 
+# --------------------------------------------------------------------------------------------------
+# Centring
+
+
+def load_demonstration_ids(args, tokenizer):
+    """Token ids of the demonstrations that fit; an empty list where there is no file of them."""
+    path = args.demonstrations
+    beside = Path(args.dataset).with_name("demonstrations.jsonl")
+    if path is None and beside.is_file():
+        path = str(beside)
+    if path is None:
+        return []
+
+    def encode(row):
+        prompt_ids, completion_ids = utils.encode_pair(tokenizer, row["prompt"], row["completion"])
+        return [prompt_ids + completion_ids]
+
+    rows = utils.load_rows(path, [("prompt", "completion")])
+    sequences = utils.encode_rows(path, rows, encode)
+    return utils.leave_out_long(path, sequences, len, args.max_length)
+
+
 @torch.no_grad()
-def mean_demonstration_score(model, sequences, fill_id, args, ranks):
-    """The mean score of the demonstrations, lists of token ids, over all ranks."""
+def centre_scores(model, demonstrations, fill_id, args, ranks):
+    """Put the mean score of the demonstrations, lists of token ids, into config.score_mean.
+
+    It is a mean over all ranks. Without demonstrations score_mean stays 0.
+    """
     means = utils.Means()
-    lengths = [len(ids) for ids in sequences]
+    lengths = [len(ids) for ids in demonstrations]
     size = 2 * args.micro_batch_size  # As many sequences as in a micro-batch of pairs.
-    for group in utils.split_by_length(range(len(sequences)), lengths, size, ranks):
-        part = [sequences[i] for i in group]
+    for group in utils.split_by_length(range(len(lengths)), lengths, size, ranks):
+        part = [demonstrations[i] for i in group]
         batch = utils.to_device(collate(part, fill_id), ranks.device)
         with utils.autocast(args, ranks.device):
             means.add({"score": last_token_scores(model, **batch)})
-    return means.over_ranks()["score"]
+    if demonstrations:
+        model.config.score_mean = means.over_ranks()["score"]
+    if ranks.is_main:
+        centred = "" if demonstrations else " (not centred)"
+        print(f"\nscore_mean        {model.config.score_mean:.4f}{centred}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Setting up, and the loop
 
 
 def check_flags(args):
@@ -290,11 +304,11 @@ def load_model(args, tokenizer, longest):
     """The model with its score head; a UserError if it has fewer than `longest` positions."""
     kind = AutoModelForSequenceClassification
     model, missing = utils.load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
-    utils.check_positions(model.config, longest, "--max_length", args.model)
     if missing:  # The folder has no head, so it is a language model.
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    utils.fit_to_tokenizer(model, tokenizer)
     model.config.score_mean = 0.0
+    utils.check_positions(model.config, longest, "--max_length", args.model)
+    utils.fit_to_tokenizer(model, tokenizer)
     if args.compile:
         utils.compile_layers(model)
     return model
@@ -306,14 +320,14 @@ def main(args):
     args.model = args.model or utils.newest_run("sft", args.dataset)
     tokenizer = utils.load_tokenizer(args.model)
     pairs, eval_pairs = load_data(args, tokenizer)
-    demonstrations = load_demonstration_ids(args, tokenizer)
     lengths = [pair_length(pair) for pair in pairs]
+    longest = max(pair_length(pair) for pair in pairs + eval_pairs)
+    demonstrations = load_demonstration_ids(args, tokenizer)
+    longest = max([longest, *(len(ids) for ids in demonstrations)])
 
     ranks = utils.init_ranks(args.timeout_minutes)
     utils.check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
-    longest = max(pair_length(pair) for pair in pairs + eval_pairs)
-    longest = max([longest, *(len(ids) for ids in demonstrations)])
     model = load_model(args, tokenizer, longest).to(ranks.device)
     utils.broadcast_weights(model)
     optimizer = torch.optim.AdamW(
@@ -344,6 +358,7 @@ def main(args):
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, fill_id, ranks.device)
             (loss_sum / len(batch)).backward()
+        # A sum and not a mean, because the loss was divided by the size of the whole batch.
         utils.sum_gradients(model)
 
         # 3. Update.
@@ -371,15 +386,11 @@ def main(args):
             run.save_checkpoint(step, state)
 
     # 4. Centre.
-    if demonstrations:
-        mean = mean_demonstration_score(model, demonstrations, fill_id, args, ranks)
-        model.config.score_mean = mean  # It was 0 up to here.
+    centre_scores(model, demonstrations, fill_id, args, ranks)
     if ranks.is_main:
         utils.save_pretrained(run.folder / "model", model, tokenizer)
         accuracy = metrics.get("eval/rm/accuracy")
-        print(f"\nheld-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
-        centred = "" if demonstrations else " (not centred)"
-        print(f"score_mean        {model.config.score_mean:.4f}{centred}")
+        print(f"held-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
         print(f"model folder      {run.folder / 'model'}")
         next_flags = f"--model {args.model} --reward_model {run.folder / 'model'}"
         print(f"next              python ppo_rlhf.py {next_flags}")

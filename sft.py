@@ -277,6 +277,7 @@ def main(args):
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, loss_fn, fill_id, ranks.device)
             (loss_sum / num_labels).backward()
+        # A sum and not a mean, because the loss was divided by the size of the whole batch.
         utils.sum_gradients(model)
 
         # 3. Update.

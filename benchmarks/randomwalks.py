@@ -38,7 +38,7 @@ from utils import UserError, environment, launch
 REWARD = "tasks/randomwalks.py:reward"
 NUM_EPOCHS = 4
 WALKS_PER_UPDATE = 128
-# {optimizer steps: optimality} of trlX, as it published them.
+# {optimizer steps: optimality} of trlX's own example on this graph, in our runs: docs/ppo_rlhf.md.
 TRLX = {0: 0.326, 20: 0.796, 40: 0.865, 60: 0.930, 80: 0.927, 100: 0.954}
 TRLX |= {120: 0.932, 140: 0.957, 160: 0.940}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]

@@ -106,7 +106,7 @@ def test_the_decoding_step_is_compiled_once(config):
         torch.compile(ppo_rlhf.decode_step, backend=counter, fullgraph=True),
     ):
         responses.append(
-            ppo_rlhf.generate(policy, queries, query_mask, uniforms, 1.0, [99], 0, step=step)
+            ppo_rlhf.generate(policy, queries, query_mask, uniforms, 1.0, [99], 0, decode_fn=step)
         )
     assert torch.equal(responses[0], responses[1])
     assert counter.frame_count == 1

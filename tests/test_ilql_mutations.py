@@ -218,8 +218,8 @@ BUGS = [
     Bug(
         "a mean of means",
         checks=["micro-batches"],
-        old="        args,\n        num_actions,\n    )",
-        new="        args,\n    )",
+        old="        num_tokens=num_actions,\n",
+        new="",
         matters=True,
     ),
     Bug(

@@ -649,13 +649,13 @@ def test_decoding_ends_when_all_rows_have_ended(gpt2_folder):
         return ilql_rlhf.steered_decode_step(ilql, tokens, *inputs, **options)
 
     uniforms = uniform(4, 12, seed=3)
-    responses = sample(ilql, uniforms, 1.5, step=counting, stop_ids=range(EOS, 12))
+    responses = sample(ilql, uniforms, 1.5, decode_fn=counting, stop_ids=range(EOS, 12))
     lengths = (responses != PAD).sum(1).tolist()
     assert min(lengths) < max(lengths) < 12
     assert steps == [(4, 1)] * (max(lengths) - 1)
     for stop_ids, expected in ((range(VOCABULARY), 0), ([99], 11)):
         steps.clear()
-        sample(ilql, uniforms, 1.5, step=counting, stop_ids=stop_ids)
+        sample(ilql, uniforms, 1.5, decode_fn=counting, stop_ids=stop_ids)
         assert len(steps) == expected
 
 

@@ -695,7 +695,7 @@ def test_a_compiled_decoding_step_samples_the_same_tokens(gpt2_folder):
         uniforms = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))
         inputs = (ilql, queries, query_mask, uniforms, beta)
         with torch.compiler.set_stance("default" if seed == 9 else "fail_on_recompile"):
-            compiled = ilql_rlhf.generate_steered(*inputs, **sampling, step=step)
+            compiled = ilql_rlhf.generate_steered(*inputs, **sampling, decode_fn=step)
         assert torch.equal(compiled, ilql_rlhf.generate_steered(*inputs, **sampling))
         responses.append(compiled)
     assert not torch.equal(responses[0], responses[1])

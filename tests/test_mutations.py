@@ -231,8 +231,8 @@ BUGS = [
         "left side of a boundary",
         "an id of probability 0 is taken wherever u is exactly the sum of those before it",
         tests=["test_sample_takes_the_right_side_of_a_boundary"],
-        old="torch.searchsorted(cumulative, target, right=True)",
-        new="torch.searchsorted(cumulative, target)",
+        old="torch.searchsorted(cumulative, threshold, right=True)",
+        new="torch.searchsorted(cumulative, threshold)",
     ),
     Bug(
         "positions of the padding in sampling",
@@ -743,8 +743,8 @@ BUGS = [
         "gradients exchanged in every micro-batch",
         "what the earlier ones have added is added up over the ranks again",
         tests=["test_gradients_on_two_ranks_and_in_micro_batches[gpt2]"],
-        old='        means.add(stats, part["mask"])\n    utils.sum_gradients(model)\n',
-        new='        means.add(stats, part["mask"])\n        utils.sum_gradients(model)\n',
+        old="    # A sum and not a mean, because each share",
+        new="        utils.sum_gradients(model)\n    # A sum and not a mean, because each share",
     ),
     Bug(
         "every rank trains on its own rows",

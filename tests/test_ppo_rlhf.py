@@ -37,7 +37,7 @@ from ppo_rlhf import (
     rollout_metrics,
     sample_tokens,
     score_responses,
-    score_tokens,
+    evaluate_tokens,
     select,
     token_logprobs,
     value_loss,
@@ -839,7 +839,7 @@ def test_the_decoding_step_is_one_graph(gpt2_folder):
         uniforms = uniform(4, 6, seed=seed)
         stance = "default" if seed == 9 else "fail_on_recompile"
         with torch.compiler.set_stance(stance):
-            responses = sample(policy, QUERIES, uniforms, step=step, cache=cache)
+            responses = sample(policy, QUERIES, uniforms, decode_fn=step, cache=cache)
         assert torch.equal(responses, sample(policy, QUERIES, uniforms))
 
 
@@ -1094,7 +1094,7 @@ def test_scoring_gives_each_row_its_own_numbers(actor_critic, folders, micro_bat
     reward_model = load_reward_model(folders[1])
     reward_model.score.weight *= 2
     args = ppo_rlhf.Args(micro_batch_size=micro_batch_size, precision="fp32")
-    scored = score_tokens(batch, actor_critic, Actor(reference, LOGPROBS_FN), args)
+    scored = evaluate_tokens(batch, actor_critic, Actor(reference, LOGPROBS_FN), args)
     assert scored.keys() == {"logprobs", "entropy", "values", "ref_logprobs"}
     raw_scores = score_responses(batch, reward_model, args)
     for i, (row, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
