@@ -134,11 +134,12 @@ class Args:
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/ilql_rlhf__<seed>__<time>"""
     seed: int = 1
-    """decides the new weights, the order of the rows and the sampling"""
+    """determines the new weights, the order of the rows and the sampling"""
     num_epochs: int = 20
     """passes over the rows"""
     num_steps: int | None = None
-    """optimizer steps in all. If not given: as many as num_epochs passes take"""
+    """optimizer steps in total. If not given: as many as num_epochs
+    passes take; if given, num_epochs is ignored"""
     batch_size: int = 100
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 100
@@ -169,7 +170,7 @@ class Args:
     alpha: float = 0.03
     """the share of Q in its target's next value, after every step; above 0 and at most 1"""
     lr: float = 1e-3
-    """learning rate of the first step. The default suits the small task; a pretrained model needs
+    """learning rate of the first step. The default suits the random walks; a pretrained model needs
     about 1e-4"""
     policy_lr_scale: float = 1.0
     """learning rate of the language model as a multiple of lr; at 0 it is frozen"""
@@ -189,7 +190,7 @@ class Args:
     """the most tokens that a sample may have, EOS included; prompts longer than
     max_length - response_length are left out and counted on the screen"""
     log_every: int = 20
-    """steps between two lines of metrics"""
+    """steps between two lines of metrics; an evaluation or a checkpoint ends a line early"""
     save_every: int = 0
     """steps between two checkpoints to resume from; 0: no checkpoints"""
     resume: str | None = None
@@ -876,11 +877,11 @@ def main(args):
 
     for step in utils.progress(done, num_steps, ranks, run.script):
         # 1. Batch: indices of rows, the same on all ranks.
-        epoch, batch = next(batches)
+        epoch, indices = next(batches)
 
         # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
-        num_actions = torch.tensor(sum(len(rows[i]["actions"]) for i in batch), device=device)
-        for group in utils.split_by_length(batch, lengths, args.micro_batch_size, ranks):
+        num_actions = torch.tensor(sum(len(rows[i]["actions"]) for i in indices), device=device)
+        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
             part = [rows[i] for i in group]
             loss = micro_batch_loss(ilql, part, num_actions, means, loss_fn, fill_id, args, device)
             loss.backward()

@@ -126,7 +126,7 @@ class Args:
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
-    """decides the order of the prompts, the sampling and the minibatches"""
+    """determines the order of the prompts, the sampling and the minibatches"""
     total_episodes: int = 3840
     """responses sampled in the whole run; a multiple of batch_size"""
     batch_size: int = 128
@@ -150,7 +150,7 @@ class Args:
     """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
     """learning rate of the first update; it falls linearly to lr / number of updates in the last.
-    The default suits the small task; a pretrained model needs about 1e-5"""
+    The default suits the random walks; a pretrained model needs about 1e-5"""
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     kl_coef: float = 0.05

@@ -36,8 +36,8 @@ Scores
       forward does not.
 Rows
     - If a row has no column `prompt`, each side must contain the prompt. If the sides are
-      conversations (lists of messages) without a prompt of messages, the last message of a side is
-      the response and the others are the prompt.
+      conversations (lists of messages), the last message of a side is then the response and the
+      others are the prompt. A `prompt` that is a text beside conversations is ignored.
     - A pair with a side of more than --max_length tokens is left out, never cut, and so is a
       demonstration. The number of such rows is printed.
     - The column `margin`, in units of the score, is subtracted inside the loss. The metric rm/loss
@@ -88,21 +88,22 @@ class Args:
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/reward_model__<seed>__<time>"""
     seed: int = 1
-    """decides the initial head, the held-out rows and the order of the rows"""
+    """determines the initial head, the held-out rows and the order of the rows"""
     num_epochs: int = 1
     """passes over the rows"""
     num_steps: int | None = None
-    """optimizer steps in all. If not given: as many as num_epochs passes take"""
+    """optimizer steps in total. If not given: as many as num_epochs
+    passes take; if given, num_epochs is ignored"""
     batch_size: int = 64
     """pairs per optimizer step, over all ranks"""
     micro_batch_size: int = 64
     """pairs per forward and backward on one rank. Fewer pairs need less memory, contain less
     padding, and do not change the result"""
     max_length: int = 512
-    """the most tokens of prompt and response together; pairs with a longer side are left out and
-    counted on the screen"""
+    """the most tokens that prompt and response may have together; pairs with a longer side are left
+    out and counted on the screen"""
     lr: float = 1e-3
-    """learning rate of the first step. The default suits the small task; a pretrained model needs
+    """learning rate of the first step. The default suits the random walks; a pretrained model needs
     about 2e-5"""
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
@@ -116,7 +117,7 @@ class Args:
     compile: bool = torch.cuda.is_available()
     """compile each transformer layer"""
     log_every: int = 20
-    """steps between two lines of metrics"""
+    """steps between two lines of metrics; an evaluation or a checkpoint ends a line early"""
     eval_every: int = 200
     """steps between two evaluations on the held-out rows"""
     save_every: int = 0
@@ -350,14 +351,14 @@ def main(args):
 
     for step in utils.progress(done, num_steps, ranks, run.script):
         # 1. Batch: indices of pairs, the same on all ranks.
-        epoch, batch = next(batches)
+        epoch, indices = next(batches)
 
         # 2. Loss of this rank's share of the batch, in micro-batches of pairs of similar length.
-        for group in utils.split_by_length(batch, lengths, args.micro_batch_size, ranks):
+        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
             part = [pairs[i] for i in group]
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, fill_id, ranks.device)
-            (loss_sum / len(batch)).backward()
+            (loss_sum / len(indices)).backward()
         # A sum and not a mean, because the loss was divided by the size of the whole batch.
         utils.sum_gradients(model)
 
@@ -392,8 +393,7 @@ def main(args):
         accuracy = metrics.get("eval/rm/accuracy")
         print(f"held-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
         print(f"model folder      {run.folder / 'model'}")
-        next_flags = f"--model {args.model} --reward_model {run.folder / 'model'}"
-        print(f"next              python ppo_rlhf.py {next_flags}")
+        print(f"next              python ppo_rlhf.py --reward_model {run.folder / 'model'}")
 
 
 if __name__ == "__main__":

@@ -73,21 +73,22 @@ class Args:
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/sft__<seed>__<time>"""
     seed: int = 1
-    """decides random initial weights, the held-out rows and the order of the rows"""
+    """determines random initial weights, the held-out rows and the order of the rows"""
     num_epochs: int = 10
     """passes over the rows"""
     num_steps: int | None = None
-    """optimizer steps in all. If not given: as many as num_epochs passes take"""
+    """optimizer steps in total. If not given: as many as num_epochs
+    passes take; if given, num_epochs is ignored"""
     batch_size: int = 50
     """rows per optimizer step, over all ranks"""
     micro_batch_size: int = 50
     """rows per forward and backward on one rank. Fewer rows need less memory, contain less padding,
     and do not change the result"""
     max_length: int = 512
-    """the most tokens of prompt and completion together; longer rows are left out and counted on
-    the screen"""
+    """the most tokens that prompt and completion may have together; longer rows are left out and
+    counted on the screen"""
     lr: float = 1e-3
-    """learning rate of the first step. The default suits the small task; a pretrained model needs
+    """learning rate of the first step. The default suits the random walks; a pretrained model needs
     about 2e-5"""
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
@@ -96,7 +97,7 @@ class Args:
     compile: bool = torch.cuda.is_available()
     """compile each transformer layer and the loss"""
     log_every: int = 20
-    """steps between two lines of metrics"""
+    """steps between two lines of metrics; an evaluation or a checkpoint ends a line early"""
     eval_every: int = 200
     """steps between two evaluations on the held-out rows"""
     save_every: int = 0
@@ -268,11 +269,11 @@ def main(args):
 
     for step in utils.progress(done, num_steps, ranks, run.script):
         # 1. Batch: indices of rows, the same on all ranks.
-        epoch, batch = next(batches)
+        epoch, indices = next(batches)
 
         # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
-        num_labels = sum(lengths[i] - rows[i]["num_unlabelled"] for i in batch)
-        for group in utils.split_by_length(batch, lengths, args.micro_batch_size, ranks):
+        num_labels = sum(lengths[i] - rows[i]["num_unlabelled"] for i in indices)
+        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
             part = [rows[i] for i in group]
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, loss_fn, fill_id, ranks.device)

@@ -726,8 +726,9 @@ def test_the_worked_example_of_the_manual(reward):
         vs = states.double()
         return {"qs": [nothing], "target_qs": [nothing], "vs": vs, "logits": nothing}
 
-    def loss_fn(*inputs):
-        seen.update(zip((*TENSORS, "args", "num_tokens"), inputs, strict=True))
+    def loss_fn(**inputs):
+        assert inputs.keys() == {*TENSORS, "args", "num_tokens"}
+        seen.update(inputs)
         return dict.fromkeys(LOSSES, torch.zeros(()))
 
     seen = {}

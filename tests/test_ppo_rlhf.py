@@ -789,7 +789,7 @@ def test_generate_does_not_see_padding_or_neighbours(policy):
 def test_stopping_early_changes_nothing(policy, min_length):
     """Sampling ends when all rows have ended; the same tokens as sampling on and masking.
 
-    The prompts themselves are not read by `step`, which may be compiled for one token a row.
+    The prompts themselves are not read by `decode_fn`, which may be compiled for one token a row.
     """
     uniforms = uniform(4, 30, seed=5)
     stop_ids = [EOS, *range(2, 16)]
@@ -799,7 +799,7 @@ def test_stopping_early_changes_nothing(policy, min_length):
         shapes.append(tokens.shape)
         return decode_step(model, tokens, *inputs, **options)
 
-    options = {"stop_ids": stop_ids, "step": counted, "min_length": min_length}
+    options = {"stop_ids": stop_ids, "decode_fn": counted, "min_length": min_length}
     short = sample(policy, QUERIES, uniforms, **options)
     assert set(shapes) == {(4, 1)}
     full = sample(policy, QUERIES, uniforms, stop_ids=[99])

@@ -425,7 +425,8 @@ def test_num_steps_and_max_rows(options, tokenizer, encode):
     """Five pairs are two steps an epoch; the learning rate falls over all three steps."""
     options |= {"max_rows": 5, "num_steps": 3, "eval_dataset": options["dataset"]}
     _, batches = gradients_of(None, "reward_model", options)
-    assert [len(batch) for batch in batches] == [11, 4, 1, 4, 11]
+    # Held out, three steps, held out, and the demonstrations, of which there are none.
+    assert [len(batch) for batch in batches] == [11, 4, 1, 4, 11, 0]
     first_five = encode(ROWS[:5], tokenizer)
     assert keys_of(batches[1] + batches[2]) == keys_of(first_five)
     lines = read_jsonl(f"{options['output_dir']}/metrics.jsonl")
