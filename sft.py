@@ -14,7 +14,8 @@ One process:    python sft.py
 Eight GPUs:     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M \
                     --dataset my_rows.jsonl --batch_size 64 --lr 2e-5
 
-Shapes. B rows in a micro-batch, T tokens in the longest of them, V vocabulary.
+Shapes. B rows in a micro-batch, T tokens in the longest of them, L the last positions of the rows,
+where logits are computed, V vocabulary.
 
 Layout. Rows are padded on the right with more EOS tokens, which have no label. Causal attention
 never looks ahead, so no real token sees the padding, and the model needs neither an attention mask
@@ -30,9 +31,10 @@ Rows
       completion contains EOS already, it ends at the first one.
     - A row with more than --max_length tokens is left out, never cut, because a cut row would teach
       the model not to end. The number of such rows is printed.
-    - The held-out rows are those of --eval_dataset. Without it they are one row in twenty of
-      --dataset, chosen by the seed, and exact copies of them are not trained on. Held-out rows
-      are evaluated before the first step, every --eval_every steps, and after the last.
+    - The held-out rows are those of --eval_dataset, whatever --dataset holds. Without it they are
+      one row in twenty of --dataset, chosen by the seed, and exact copies of them are not trained
+      on; other turns of the same conversation may be. Held-out rows are evaluated before the first
+      step, every --eval_every steps, and after the last.
 Steps
     - Every completion token of a step counts the same, whatever row, micro-batch or rank it is in.
     - All ranks draw the same batch. It is sorted by length, and with n ranks, rank r takes the rows
@@ -117,9 +119,9 @@ class Args:
 def token_loss(logits, labels):
     """Summed cross-entropy of the next token, in nats, and the number of tokens in the sum.
 
-    logits (B,T,V). labels (B,T): the input ids, or -100 where no loss is wanted. This function does
-    the shift: the logits at position t predict the label at t + 1. Both results are 0-d, the sum in
-    fp32.
+    logits (B,L,V) at L positions. labels (B,L): the input ids at the same positions, or -100 where
+    no loss is wanted. The shift is made here and nowhere else: the logits at one position predict
+    the label at the next. Both results are 0-d, the sum in fp32.
     """
     logits = logits[:, :-1].float().flatten(0, 1)
     labels = labels[:, 1:].flatten()
@@ -153,16 +155,16 @@ def load_demonstrations(path, tokenizer, args, max_rows=None):
     def encode(row):
         encoded = []
         for prompt, completion in prompts_and_completions(row):
+            # The ids of a prompt, without EOS, and of a completion with EOS at its end.
             prompt_ids, completion_ids = utils.encode_pair(tokenizer, prompt, completion)
-            num_unlabelled = max(len(prompt_ids), 1)
-            row = {"input_ids": prompt_ids + completion_ids, "num_unlabelled": num_unlabelled}
-            encoded.append(row)
+            ids = prompt_ids + completion_ids
+            encoded.append({"input_ids": ids, "num_unlabelled": max(len(prompt_ids), 1)})
         return encoded
 
     columns = [("prompt", "completion"), ("text",), ("messages",)]
     rows = utils.encode_rows(path, utils.load_rows(path, columns, max_rows), encode)
     if not rows:
-        raise UserError(f"{path}: no row is left: no assistant says anything")
+        raise UserError(f"{path}: no message of an assistant in any row")
     return utils.leave_out_long(path, rows, row_length, args.max_length)
 
 
@@ -196,8 +198,13 @@ def collate(rows, fill_id):
 def micro_batch_loss(model, rows, means, loss_fn, fill_id, device):
     """The summed loss of a micro-batch of rows, 0-d; adds what is logged to `means`."""
     batch = utils.to_device(collate(rows, fill_id), device)
-    # Nobody reads the logits of a prompt but its last ones, which predict the first label. So only
-    # the logits from there on are computed.
+    # Logits before the last token of a prompt are never used. We skip those that no row needs: the
+    # first useful position is the last token of the shortest prompt. The labels are cut at the same
+    # position, and not shifted. With prompts of 5 and 2 tokens:
+    #
+    #     position          0  1  2  3  4  5  6  7
+    #     longer prompt     p  p  p  p  p  c  c  |
+    #     shorter prompt    p  p  c  c  c  |           logits from position 1 on
     start = min(row["num_unlabelled"] for row in rows) - 1
     labels = batch["labels"][:, start:]
     num_logits = labels.shape[1]
@@ -273,6 +280,7 @@ def main(args):
 
         # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
         num_labels = sum(lengths[i] - rows[i]["num_unlabelled"] for i in indices)
+        num_labels = max(num_labels, 1)  # Rows of empty texts have no label.
         for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
             part = [rows[i] for i in group]
             with utils.autocast(args, ranks.device):

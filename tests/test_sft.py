@@ -139,7 +139,7 @@ def test_token_loss_reads_no_logits_of_unlabelled_tokens():
 @pytest.mark.fast
 @pytest.mark.parametrize("T", [1, 6])
 def test_token_loss_of_no_label_is_zero(T):
-    """A rank without rows takes part in the exchange of gradients with such a batch."""
+    """Such as that of a row of empty text, whose one token has none."""
     logits, labels = random_batch(T=T)
     logits.requires_grad_()
     loss_sum, token_count = sft.token_loss(logits, torch.full_like(labels, -100))
@@ -682,7 +682,7 @@ MISTAKES = {
     "an empty cell": (data(ROW, {**ROW, "completion": None}), "bad.jsonl: row 2"),
     "a number for a text": (data({**ROW, "completion": 5}), "bad.jsonl: row 1"),
     "no template": (data({"messages": turns("a", "b")}), "bad.jsonl: row 1: .*template"),
-    "nobody speaks": (data({"messages": turns("a")}), "bad.jsonl: no row is left"),
+    "nobody speaks": (data({"messages": turns("a")}), "bad.jsonl: no message of an assistant"),
     "one row over and over": (data(*[ROW] * 20), "--dataset: every row is a copy"),
     "batch size zero": (flag(batch_size=0), "--batch_size 0: must be at least 1"),
     "micro-batch size zero": (flag(micro_batch_size=0), "--micro_batch_size 0: "),

@@ -667,6 +667,10 @@ def test_a_run_of_ppo_is_evaluated_as_it_was_trained(world, tmp_path, capsys):
     names = ("dataset", "query_length", "response_length", "temperature")
     for name in (*names, "stop_token", "min_length", "precision"):
         assert getattr(args, name) == flags[name]
+    # The same for a run of a fork.
+    path = tmp_path / "run" / "args.json"
+    path.write_text(path.read_text().replace('"ppo_rlhf.py"', '"my_fork.py"'))
+    assert evaluate.from_run(output_dir) == args
 
     # A flag that is given wins, whether it is the default of evaluate.py or not.
     seen = []
@@ -705,7 +709,7 @@ def test_a_run_that_cannot_be_evaluated(tmp_path):
     with pytest.raises(UserError, match="not finished"):
         evaluate.from_run(str(tmp_path))
     (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match=r"a run of dpo\.py, which is none of the four scripts"):
+    with pytest.raises(UserError, match=r"a run of dpo\.py, which does not sample as ppo"):
         evaluate.from_run(str(tmp_path))
 
 

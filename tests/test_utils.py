@@ -345,6 +345,7 @@ def statistics_of_one_rank(rank):
     ranks = utils.init_ranks()
     return {
         "gathered": utils.all_gather(torch.arange(3) + 10 * rank).tolist(),
+        "objects": utils.gather_objects(["text"] * rank),
         "summed": utils.sum_over_ranks(torch.tensor([[1.0, rank]])).tolist(),
         "mean": utils.masked_mean(x, mask).item(),
         "none": utils.masked_mean(x, torch.zeros_like(mask)).item(),
@@ -361,6 +362,7 @@ def test_statistics_of_two_ranks_are_those_of_the_pooled_table(on_two_ranks):
     assert [answer["ranks"] for answer in answers] == [(0, 2), (1, 2)]
     for answer in answers:
         assert answer["gathered"] == [0, 1, 2, 10, 11, 12]
+        assert answer["objects"] == [[], ["text"]]
         assert answer["summed"] == [[2.0, 1.0]]
         assert answer["none"] == 0
         assert abs(answer["mean"] - utils.masked_mean(x, mask).item()) < 1e-12
@@ -372,6 +374,28 @@ def test_statistics_of_two_ranks_are_those_of_the_pooled_table(on_two_ranks):
         assert np.abs(both - pooled).max() < 1e-12
     alone = utils.whiten(x[:4], mask[:4]).numpy()
     assert np.abs(answers[0]["whitened"] - alone).max() > 0.1
+
+
+def means_of_unequal_names(rank, full_rank):
+    """One rank has had rows and names, the other none at first and then a name in another order."""
+    means = utils.Means()
+    if rank == full_rank:
+        means.add({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])})
+    first = means.over_ranks()
+    if rank != full_rank:
+        means.add({"c": torch.tensor([7.0]), "b": torch.tensor([1.0, 3.0])})
+    return first, means.over_ranks()
+
+
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_ranks_need_not_have_added_the_same_names(on_two_ranks, full_rank):
+    for first, second in on_two_ranks(means_of_unequal_names, full_rank):
+        assert first == {"a": 1.5, "b": 5.0}
+        assert second == {"a": 1.5, "b": 3.0, "c": 7.0}
+
+
+def test_alone_gathered_objects_are_the_one_there_is():
+    assert utils.gather_objects({"a": 1}) == [{"a": 1}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1041,6 +1065,7 @@ def added_gradients(rank):
     """
     torch.manual_seed(rank)
     module = torch.nn.Linear(3, 1)
+    module.register_buffer("scale", torch.tensor([5.0 + rank]))
     module.bias.requires_grad_(False)
     utils.broadcast_weights(module)
     if rank == 0:
@@ -1052,18 +1077,19 @@ def added_gradients(rank):
     module(torch.full((1, 3), 1.0 + rank)).sum().backward()
     utils.sum_gradients(module)
     both = module.weight.grad.tolist()
-    return idle, both, module.bias.grad, module.weight.tolist(), module.bias.tolist()
+    start = [x.tolist() for x in (module.weight, module.bias, module.scale)]
+    return idle, both, module.bias.grad, start
 
 
 def test_gradients_are_added_up_over_the_ranks(on_two_ranks):
     """1 + 2 of one rank and nothing of the other; then 1 of the one and 2 of the other."""
     torch.manual_seed(0)
-    start = torch.nn.Linear(3, 1)
-    for idle, both, frozen, weight, bias in on_two_ranks(added_gradients):
+    module = torch.nn.Linear(3, 1)
+    for idle, both, frozen, start in on_two_ranks(added_gradients):
         assert idle == [[3.0] * 3]
         assert both == [[3.0] * 3]
         assert frozen is None
-        assert (weight, bias) == (start.weight.tolist(), start.bias.tolist())
+        assert start == [module.weight.tolist(), module.bias.tolist(), [5.0]]
 
 
 def test_alone_gradients_stay_as_they_are():

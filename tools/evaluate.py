@@ -643,7 +643,10 @@ def write_whole(path, text):
 
 
 def from_run(folder):
-    """The arguments as they were in a run of one of the four scripts, read from its args.json."""
+    """The arguments as they were in a run of a script, read from its args.json.
+
+    A run of a fork counts as one of ppo_rlhf.py if it has the flags that sampling needs.
+    """
     path = Path(folder, "args.json")
     if not path.is_file():
         raise UserError(f"--run {folder}: no args.json in it")
@@ -651,10 +654,14 @@ def from_run(folder):
         raise UserError(f"--run {folder}: not finished: no model in it")
     record = json.loads(path.read_text())
     script = record.get("script")
-    if script not in ("sft.py", "reward_model.py", "ppo_rlhf.py", "ilql_rlhf.py"):
-        reason = f"a run of {script}, which is none of the four scripts"
-        raise UserError(f"--run {folder}: {reason}; give --model and --ref_model instead")
     saved = record["args"]
+    sampling = ("query_length", "response_length", "min_length", "stop_token", "temperature")
+    is_known = script in ("sft.py", "reward_model.py", "ilql_rlhf.py") or saved.keys() >= {
+        *sampling
+    }
+    if not is_known:
+        reason = f"a run of {script}, which does not sample as ppo_rlhf.py does"
+        raise UserError(f"--run {folder}: {reason}; give --model and --ref_model instead")
     if script == "reward_model.py":
         return from_reward_model(folder, saved)
 
@@ -671,8 +678,7 @@ def from_run(folder):
         taken["query_length"] = max(saved["max_length"] - saved["response_length"], 1)
         taken["response_length"] = saved["response_length"]
     else:
-        names = ("dataset", "query_length", "response_length", "min_length", "stop_token")
-        taken |= {name: saved[name] for name in (*names, "temperature")}
+        taken |= {name: saved[name] for name in ("dataset", *sampling)}
     return Args(**taken)
 
 
