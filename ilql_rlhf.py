@@ -10,7 +10,7 @@ copy of it. A state is a text so far, and an action is the next token that the a
 The idea: Q-learning wants the best action in the next state, but offline nobody knows what an
 action is worth that the data does not hold. So V learns, by expectile regression, nearly the best
 target Q among the actions that the data does hold, and Q learns from V. While decoding, Q is asked
-about all actions after all, so CQL keeps it low where there was no data.
+about all actions after all, so CQL lowers the other actions relative to that of the data.
 
 Each step:
     1. batch    rows of (prompt, completion, reward), or rated dialogues
@@ -18,7 +18,7 @@ Each step:
                 q       (reward + gamma * V of the next state - Q)^2
                 v       expectile regression of V on the smaller target Q: with tau near 1, V is
                         nearly the best target Q among the actions in the data
-                cql     cross-entropy of softmax(Q) at the action, which keeps Q low elsewhere
+                cql     cross-entropy of softmax(Q) at the action
                 awac    cross-entropy of pi_beta at the action, times exp(beta * (target Q - V))
                 total   q + v + cql_weight * cql + awac_weight * awac
                 Each is summed over the actions and divided by their number on all ranks
@@ -71,7 +71,8 @@ Data
       actions have mask False and no loss.
 Loss
     - Both Qs are trained, and their q and cql losses are added. Wherever a single Q is needed (in
-      the loss of V, in AWAC's weight, in decoding) it is the smaller of the two targets.
+      the loss of V, in AWAC's weight, in decoding) it is the smaller of the two targets, or the
+      only one with --num_qs 1.
     - No gradient flows into the target Qs, into V of the next state, or into AWAC's weight, which
       is not clipped. The gradients of q, v, cql and awac all reach the language model. With
       --policy_lr_scale 0 it is frozen.
@@ -153,7 +154,7 @@ class Args:
     num_qs: Literal[1, 2] = 2
     """Q functions; of two, the smaller target counts"""
     q_rows: Literal["ids", "embeddings"] = "ids"
-    """ids: Q has a row of weights for each id, which are learned apart. embeddings: the rows are a
+    """ids: Q has a row of weights for each id, learned independently. embeddings: the rows are a
     frozen, normalised copy of those of the language-model head, so that similar ids share what is
     learned, and the input of V and the Qs is standardised; for large vocabularies, with
     --lr 2e-4"""
@@ -241,7 +242,8 @@ def ilql_loss(
     v_weight = torch.where(target_q >= vs, args.tau, 1 - args.tau)
     v_loss = v_weight * (target_q - vs) ** 2
 
-    # Conservatism (Kumar et al. 2020): push down every Q, and pull up that of the data's action.
+    # Conservatism (Kumar et al. 2020): push down every action's Q, and pull up that of the data's.
+    # The two cancel in the sum, so only the differences move.
     cql_loss = sum(q.logsumexp(-1) - taken for q, taken in zip(qs, taken_qs, strict=True))
 
     # Behaviour cloning, weighted by the advantage (Nair et al. 2020; IQL, equation 7).
@@ -712,8 +714,8 @@ def score_samples(scorer, dataset_rows, texts, input_ids, is_real, args):
 def evaluate(sampler, prompts, scorer, step, run, sampling, args, tokenizer, ranks):
     """{"eval/score@beta=...": mean score}, over the samples of all ranks.
 
-    Every steering strength gets the same prompts and uniforms. Ten samples of each go into
-    samples.jsonl.
+    Every steering strength gets the same prompts and uniforms. Ten samples of rank 0 for each go
+    into samples.jsonl.
     """
     mine = slice(ranks.rank, None, ranks.world_size)
     order = torch.randperm(len(prompts), generator=utils.seeded(args.seed, "prompts")).tolist()
@@ -801,6 +803,8 @@ def load_model(args, tokenizer, rows, prompts, statistics):
 
 def steered_sampler(args, tokenizer, ilql):
     """(a copy of the model to sample from, the options of `generate_steered`).
+
+    Its weights are refreshed before every evaluation but the one before the first step.
 
     The copy must be made before the model's layers are compiled: under --compile its decoding step
     is compiled as a whole.

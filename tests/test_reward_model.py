@@ -528,8 +528,10 @@ def test_demonstrations_of_more_tokens_than_the_model_has_positions_are_refused(
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(options):
+    """At once, also between two lines of metrics."""
+    options |= {"lr": 1e30, "log_every": 3}
     with pytest.raises(utils.UserError, match="step 2: the gradient is not finite; lower --lr"):
-        reward_model.main(reward_model.Args(**options | {"lr": 1e30}))
+        reward_model.main(reward_model.Args(**options))
     assert not Path(options["output_dir"], "model").exists()
 
 

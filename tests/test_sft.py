@@ -489,6 +489,15 @@ def test_lr_zero_changes_nothing_and_held_out_loss_is_the_same_mean(options, dat
     assert all(torch.equal(saved[name], weight) for name, weight in given.items())
 
 
+def test_a_batch_without_a_label_changes_nothing(options, tmp_path, gpt2_folder):
+    options |= {"batch_size": 1, "dataset": write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}])}
+    [line] = train(options)
+    assert line["train/sft/loss"] == line["optim/grad_norm"] == 0
+    given = AutoModelForCausalLM.from_pretrained(gpt2_folder).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(f"{options['output_dir']}/model").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in given.items())
+
+
 def test_the_logged_loss_of_several_steps_is_the_mean_over_their_tokens(options, dataset):
     """Not the mean of the steps' means: the batches hold unequal numbers of tokens."""
     lines = train(options | {"lr": 0.0, "log_every": 3, "eval_dataset": dataset})
@@ -723,8 +732,10 @@ def test_rows_of_more_tokens_than_the_model_has_positions_are_refused(options, t
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(options):
+    """At once, also between two lines of metrics."""
+    options |= {"lr": 1e30, "log_every": 3}
     with pytest.raises(utils.UserError, match="step 2: the gradient is not finite; lower --lr"):
-        sft.main(sft.Args(**options | {"lr": 1e30}))
+        sft.main(sft.Args(**options))
     assert not Path(options["output_dir"], "model").exists()
 
 
