@@ -421,7 +421,7 @@ def response_hidden(model, batch):
 
 def score_head(model, hidden):
     """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
-    # A product and a sum, because autocast would run a matrix product in bf16.
+    # Written as a product and a sum because autocast would run a matrix product in bf16.
     weight = model.score.weight[0].float()
     scores = (hidden.float() * weight).sum(-1)
     return scores - getattr(model.config, "score_mean", 0.0)
@@ -647,7 +647,7 @@ def micro_batches(batch, rows, args, ranks=None):
 def evaluate_tokens(batch, model, reference, args):
     """What the models say of each response token before the update: (B,R), 0 outside the mask.
 
-    Returns logprobs, entropy and values of the model, and ref_logprobs.
+    Returns what the model returns, and ref_logprobs.
     """
     mask = batch["mask"]
     scored = {}
@@ -675,7 +675,7 @@ def score_responses(batch, reward_model, args):
 
 
 def final_scores(raw_scores, has_eos, moments, args):
-    """The scores (B,) that are paid: normalised, clipped, and replaced where nothing ended a row.
+    """The scores (B,) to be paid: normalised, clipped, and replaced where no end token was sampled.
 
     Scores that are going to be replaced do not enter the running moments.
     """

@@ -151,7 +151,7 @@ def preference_loss(chosen_scores, rejected_scores, margin=None):
 
 def score_head(model, hidden):
     """Scores (...) in fp32 of hidden states (...,d): the linear head, minus config.score_mean."""
-    # A product and a sum, because autocast would run a matrix product in bf16.
+    # Written as a product and a sum because autocast would run a matrix product in bf16.
     weight = model.score.weight[0].float()
     scores = (hidden.float() * weight).sum(-1)
     return scores - getattr(model.config, "score_mean", 0.0)

@@ -583,8 +583,7 @@ def spread_ids(length, vocab_size):
 
 @torch.no_grad()
 def check_right_padding(model, path):
-    """Refuse a model in which the padding after a row changes the row, since no mask is ever
-    passed.
+    """Refuse a model in which the padding after a row changes the row, since it gets no mask.
 
     Causal attention cannot see what comes later. A bidirectional model can, and so can a router
     that shares out its experts over all tokens, padding included.
@@ -595,9 +594,9 @@ def check_right_padding(model, path):
     padded = F.pad(row, (0, T - num_real), value=1)
     alone = model.base_model(row, use_cache=False).last_hidden_state
     hidden = model.base_model(padded, use_cache=False).last_hidden_state[:, :num_real]
-    difference = (hidden - alone).norm(dim=-1) / alone.norm(dim=-1)
-    # Rounding alone was seen to change a trained model's hidden state by 0.1%.
-    if difference.max() > 0.01:
+    # Rounding alone was seen to change a trained model's hidden states by 0.014% of their norm.
+    is_equal = (hidden - alone).norm(dim=-1) <= 0.001 * alone.norm(dim=-1)
+    if not is_equal.all():
         raise UserError(f"{path}: not a causal model: padding after a row changes what it computes")
 
 

@@ -1051,6 +1051,12 @@ def test_compile_layers_refuses_a_model_without_layers():
     refused(match, utils.compile_layers, None, torch.nn.Linear(2, 2))
 
 
+def test_probing_ids_are_spread_over_the_vocabulary():
+    """The first ids of a vocabulary are often untrained: there rounding alone grows large."""
+    assert utils.spread_ids(3, 400).tolist() == [[100, 200, 300]]
+    assert utils.spread_ids(5, 3).max() < 3
+
+
 def test_autocast_is_what_precision_asks_for():
     x = torch.randn(2, 2)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -79,10 +79,9 @@ from ppo_rlhf import select, token_logprobs
 from reward_model import collate
 from utils import Ranks, UserError, all_eos_ids, allowed_ids, autocast, call_reward_fn
 from utils import check_at_least, check_decoding, check_path, check_positions, encode_pair
-from utils import encode_rows
-from utils import environment, fit_to_tokenizer, has_no_weights, init_ranks, launch, left_pad
-from utils import load_function, load_pretrained, load_prompts, load_rows, load_tokenizer
-from utils import leave_out_long, progress, seeded, stop_token_ids, to_bf16, to_device
+from utils import encode_rows, environment, fit_to_tokenizer, has_no_weights, init_ranks, launch
+from utils import leave_out_long, left_pad, load_function, load_pretrained, load_prompts
+from utils import load_rows, load_tokenizer, progress, seeded, stop_token_ids, to_bf16, to_device
 
 # Rows of --pairs with at least this margin are also counted apart.
 CLEAR_MARGIN = 0.5
@@ -656,10 +655,8 @@ def from_run(folder):
     script = record.get("script")
     saved = record["args"]
     sampling = ("query_length", "response_length", "min_length", "stop_token", "temperature")
-    is_known = script in ("sft.py", "reward_model.py", "ilql_rlhf.py") or saved.keys() >= {
-        *sampling
-    }
-    if not is_known:
+    samples_as_ppo = set(sampling) <= saved.keys()
+    if script not in ("sft.py", "reward_model.py", "ilql_rlhf.py") and not samples_as_ppo:
         reason = f"a run of {script}, which does not sample as ppo_rlhf.py does"
         raise UserError(f"--run {folder}: {reason}; give --model and --ref_model instead")
     if script == "reward_model.py":

@@ -20,6 +20,7 @@ import floors
 import ppo_rlhf
 import reward_model
 import sft
+import utils
 from shapes import EOS, PAD, Workload
 from turns import Turns
 from utils import left_pad, load_rows
@@ -75,7 +76,7 @@ def run_ppo(job, turns):
         sums = {name: metrics[f"time/{name}"] for name in PHASES}
         return sums | {"response_tokens": metrics["val/sequence_lengths"] * job["batch"]}
 
-    ppo_rlhf.utils.progress = waiting_steps(turns, read_sums)
+    utils.progress = waiting_steps(turns, read_sums)
     ppo_rlhf.main(ppo_args(job))
 
 
@@ -117,7 +118,7 @@ def run_transformers(job, turns):
 
 def run_sft(job, turns):
     """Steps of sft.py."""
-    sft.utils.progress = waiting_steps(turns, dict)
+    utils.progress = waiting_steps(turns, dict)
     args = sft.Args(
         model=job["policy"],
         dataset=job["rows"],
@@ -132,7 +133,7 @@ def run_sft(job, turns):
 
 def run_reward_model(job, turns):
     """Steps of reward_model.py."""
-    reward_model.utils.progress = waiting_steps(turns, dict)
+    utils.progress = waiting_steps(turns, dict)
     args = reward_model.Args(
         model=job["critic"],
         dataset=job["rows"],

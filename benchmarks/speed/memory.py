@@ -23,6 +23,7 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # The scripts are files in the root.
 
 import ppo_rlhf
+import utils
 from compare import check_new, write_json
 from turns import resident_memory
 from utils import UserError, environment, launch
@@ -53,18 +54,18 @@ def growth(mib):
 def watch_updates(ppo_args):
     """Run ppo_rlhf.py; returns the memory after each update."""
     mib = []
-    progress = ppo_rlhf.utils.progress
+    progress = utils.progress
 
     def watched(*arguments):
         for update in progress(*arguments):
             yield update
             mib.append(memory())
 
-    ppo_rlhf.utils.progress = watched
+    utils.progress = watched
     try:
         ppo_rlhf.main(ppo_args)
     finally:
-        ppo_rlhf.utils.progress = progress
+        utils.progress = progress
     return mib
 
 
