@@ -885,7 +885,7 @@ def main(args):
 
         # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
         num_actions = torch.tensor(sum(len(rows[i]["actions"]) for i in indices), device=device)
-        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
+        for group in utils.micro_batch_rows(indices, lengths, args.micro_batch_size, ranks):
             part = [rows[i] for i in group]
             loss = micro_batch_loss(ilql, part, num_actions, means, loss_fn, fill_id, args, device)
             loss.backward()

@@ -25,35 +25,36 @@ T = P + R; V vocabulary; d hidden width. A micro-batch is cut: its R is its long
 its T its longest row.
 
 Time. Index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
-values[:, t] is the value of the state just before it, and rewards[:, t] is paid for it.
+rewards[:, t] is paid for it, and values[:, t] is the value of the state just before it.
 
 Layout. Prompts are padded on the left for `generate` alone. After that, each row is packed to the
 left: prompt, response, padding. Causal attention never looks ahead, so no real token sees the
 padding, and outside `generate` no model needs an attention mask or position ids.
 
 After the end of a response, `responses` and `input_ids` hold EOS, `mask` and `is_real` are False,
-and logprobs, ref_logprobs, values, rewards, advantages and returns are 0. The end token itself
-belongs to the response: its mask is True.
+and every other (B,R) tensor is 0. The end token itself belongs to the response: its mask is True.
 
 Responses
     - The end tokens are EOS, any further EOS ids in the model's configs, and those of --stop_token.
-      Within the first --min_length tokens an end token does not end it: the response goes on, and
+      Within the first --min_length tokens an end token does not end the response: it goes on, and
       its mask stays True.
     - There is no top-k or top-p. The pad token, and ids of the model's vocabulary to which the
       tokenizer gives no token, have probability 0, in the sampler, the policy and the reference
-      alike. The temperature divides the logits wherever a
-      probability is computed.
+      alike.
     - Responses are sampled from a copy of the policy, refreshed before each rollout. The old
       log-probabilities are computed by the policy itself, so the probability ratios of an update's
       first step are 1, up to rounding.
-Scores and rewards
-    - A response that reaches --response_length without an end token is treated as finished: the
-      state after it is worth 0, and nothing is bootstrapped. Its score is replaced by
-      --missing_eos_score, unless that is none.
-    - Scores are normalised, then clipped, then replaced. The first two are off by default.
+Scores
+    - Scores are normalised, then clipped, then replaced. The first two are off by default. What is
+      replaced, by --missing_eos_score, is the score of a response that reaches --response_length
+      without an end token.
+Rewards and advantages
     - The KL to the reference is paid in the reward, never in the loss. Its estimate is the
       log-ratio of the sampled token (k1). The k3 estimate is logged and never trained on.
     - The score is paid at the last token itself; Huang et al. pay it one position later.
+    - The state after the last token is worth 0, also where --response_length cut the response off:
+      nothing is bootstrapped.
+    - Advantages are whitened over the real tokens of the whole batch, on all ranks.
 Critic
     - The critic is a network of its own. It starts as a copy of the reward model, or, with
       --reward_fn, as a copy of the policy with a head of zeros.
@@ -61,8 +62,7 @@ Critic
       trained by the value loss too. That saves the memory of a network and no time: the network is
       run once for the log-probabilities and once for the values.
 Loss and steps
-    - Advantages are whitened over the real tokens of the whole batch. A minibatch's loss is a sum
-      over its real tokens divided by their number. Both are taken over all ranks.
+    - A minibatch's loss is a sum over its real tokens on all ranks, divided by their number.
     - A minibatch is drawn from the rows of all ranks. Each rank takes an equal share of it, in
       micro-batches of rows of similar length. So neither the number of ranks nor
       --micro_batch_size changes the result, up to rounding.
@@ -71,23 +71,29 @@ Loss and steps
       before a step, but never before the first. Minibatches that are skipped, and the one that
       ends an update early, are left out of the metrics.
 Precision
-    - With --precision bf16 the weights of the models that are not trained (sampler, reference,
-      reward model) are rounded to bf16, so the first KL is only nearly 0. The trained weights stay
-      fp32 and compute in bf16 through autocast. Score heads, log-softmax, scores, values and losses
-      are always fp32. Dropout is off.
-    - --compile, the default on CUDA, compiles three things: each layer of the policy, the critic,
-      the reference and the reward model; `token_logprobs`; and, as a whole, the sampler's decoding
-      step. The sampler's pass over the prompt is not compiled.
+    - With --precision bf16 the weights of the models that are not trained are rounded to bf16, so
+      the first KL is only nearly 0. The trained weights stay fp32 and compute in bf16 through
+      autocast. Score heads, log-softmax, and all that is computed from their results are fp32.
+      Dropout is off.
+    - --compile, the default on CUDA, compiles three things: each layer of every model but the
+      sampler; `token_logprobs`; and, as a whole, the sampler's decoding step. The sampler's pass
+      over the prompt is not compiled.
 
-From utils.py the algorithm needs, over all ranks: `masked_mean(x, mask)`; `whiten(x, mask)`, which
-scales x to mean 0 and variance 1 where mask is True and puts 0 elsewhere; `all_gather(x)`, the rows
-of all ranks; `sum_gradients(model)`; and `Means`, which averages metrics. `pack_rows` moves the
-real tokens of each row to the left. `split_by_length` sorts rows by length, takes rank r's share
-(with n ranks, r, r + n, r + 2n and so on), and cuts it into micro-batches.
+What the algorithm needs from utils.py:
+    masked_mean(x, mask)    the mean of x where mask is True, over all ranks
+    whiten(x, mask)         x scaled to mean 0 and variance 1 where mask is True, over all ranks;
+                            0 elsewhere
+    all_gather(x)           the rows of all ranks
+    sum_gradients(model)    adds up the gradients of all ranks
+    Means                   averages metrics over micro-batches and ranks
+    pack_rows               moves the real tokens of each row to the left
+    micro_batch_rows        sorts rows by length, takes rank r's share (of n ranks r, r + n, r + 2n
+                            and so on), and cuts it into micro-batches
 
 To change it: another advantage estimator is another `ppo_targets`, and another loss another
 `ppo_loss`; the latter must keep the statistics val/ratio and policy/approxkl_avg, which `optimize`
-reads. Several responses to a prompt are a matter of `next_prompts`.
+reads. Several responses to a prompt are a matter of `next_prompts`. Without a critic, `ActorCritic`
+and `load_critic` go, and the model to train is the `Actor` of the policy.
 """
 
 import copy
@@ -112,9 +118,8 @@ class Args:
     """the model to train, a Hub name or a folder; the frozen reference is a copy of it. If not
     given: the newest finished run of sft.py"""
     reward_model: str | None = None
-    """the model that scores responses, a Hub name or a folder; with --value_trunk separate the
-    critic starts as a copy of it. If neither this nor --reward_fn is given: the newest finished run
-    of reward_model.py"""
+    """the model that scores responses, a Hub name or a folder. If neither this nor --reward_fn is
+    given: the newest finished run of reward_model.py"""
     reward_fn: str | None = None
     """a function that scores responses instead of a reward model:
     path/to/file.py:function(prompts, responses, **columns), which returns a number for each
@@ -171,6 +176,8 @@ class Args:
     early_stop_kl: float | None = None
     """end an update, after at least one step, at a minibatch whose policy/approxkl_avg, the
     distance from the policy before the update, is above this. If not given: never"""
+    whiten_rewards: bool = False
+    """replace the rewards r of a batch by (r - mean) / standard deviation + mean"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
@@ -192,8 +199,6 @@ class Args:
     cliprange_score: float | None = None
     """clip scores to -cliprange_score .. cliprange_score, after normalisation. If not given: do
     not clip"""
-    whiten_rewards: bool = False
-    """replace the rewards r of a batch by (r - mean) / standard deviation + mean"""
     missing_eos_score: float | Literal["none"] = -1.0
     """the score of a response that does not end by itself; none: it keeps its own score"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -341,10 +346,10 @@ def ppo_loss(new, batch, args):
         "loss/value_avg": vf_loss,
         "val/clipfrac_avg": vf_clipped,
         "loss/policy_avg": pg_loss,
+        "policy/clipfrac_avg": pg_clipped,
         "policy/entropy_avg": new["entropy"],
         # The distance from the policy before the update, not from the reference.
         "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
-        "policy/clipfrac_avg": pg_clipped,
         "val/ratio": ratio,
     }
     return torch.where(mask, loss, 0.0).sum(), stats
@@ -639,7 +644,7 @@ def micro_batches(batch, rows, args, ranks=None):
     With ranks: only this rank's share of the rows.
     """
     lengths = batch["is_real"].sum(1).tolist()
-    for group in utils.split_by_length(rows, lengths, args.micro_batch_size, ranks):
+    for group in utils.micro_batch_rows(rows, lengths, args.micro_batch_size, ranks):
         yield group, select(batch, group)
 
 
@@ -954,8 +959,8 @@ def main(args):
     if args.compile:
         logprobs_fn = torch.compile(token_logprobs, dynamic=True)
     logprobs_fn = functools.partial(logprobs_fn, temperature=args.temperature, allowed=allowed)
-    actor = Actor(policy, logprobs_fn)
     reference = Actor(reference, logprobs_fn)
+    actor = Actor(policy, logprobs_fn)
     model = ActorCritic(actor, load_critic(args, tokenizer, policy))
     if args.compile:
         utils.compile_layers(model, reference, reward_model)
@@ -988,7 +993,7 @@ def main(args):
         texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
         watch.lap("time/rollout")
 
-        # 2. Score: a score for each response, log-probabilities and values for each token.
+        # 2. Score the responses, and evaluate their tokens.
         if reward_fn is not None:
             raw_scores = utils.call_reward_fn(reward_fn, dataset_rows, texts, device)
         else:

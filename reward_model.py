@@ -20,26 +20,28 @@ Eight GPUs:     torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft/
                     --dataset my_pairs.jsonl --lr 2e-5
 
 Shapes. B pairs in a micro-batch; N = 2B sequences, the chosen ones first; T tokens in the longest
-of them; d hidden width.
+of them.
 
 Layout. Sequences are padded on the right. Causal attention never looks ahead, so no real token sees
-the padding, and the model needs neither an attention mask nor position ids. Our `attention_mask`
-only says how long each sequence is.
+the padding, and the model needs neither an attention mask nor position ids.
 
 Scores
     - The score of a sequence is a linear head on the hidden state of its last real token, which is
-      EOS. That token is found by the length of the sequence, never by its ids.
+      EOS. That token is found by the length of the sequence, never by its ids: `attention_mask`
+      says which tokens are real, and no model is given it.
     - The head has no bias, because AutoModelForSequenceClassification has none. Its weights start
-      at N(0, 1/(d + 1)); a model that has a head already, such as another reward model, keeps it.
+      at N(0, 1/(d + 1)) with the hidden width d; a model that has a head already, such as another
+      reward model, keeps it.
     - `score_mean` is 0 during training, also for a reward model that had another: the loss would
       not notice a constant added to all scores. `last_token_scores` subtracts it; the library's own
       forward does not.
+    - A demonstration of more than --max_length tokens is left out, and the number of them printed.
 Rows
     - If a row has no column `prompt`, each side must contain the prompt. If the sides are
       conversations (lists of messages), the last message of a side is then the response and the
       others are the prompt. A `prompt` that is a text beside conversations is ignored.
-    - A pair with a side of more than --max_length tokens is left out, never cut, and so is a
-      demonstration. The number of such rows is printed.
+    - A pair with a side of more than --max_length tokens is left out, never cut. The number of such
+      pairs is printed.
     - The column `margin`, in units of the score, is subtracted inside the loss. The metric rm/loss
       includes it; rm/accuracy and rm/margin, which is chosen - rejected, do not. A tie counts as
       half in the accuracy.
@@ -88,7 +90,7 @@ class Args:
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/reward_model__<seed>__<time>"""
     seed: int = 1
-    """determines the initial head, the held-out rows and the order of the rows"""
+    """determines weights that start at random, the held-out rows and the order of the rows"""
     num_epochs: int = 1
     """passes over the rows"""
     num_steps: int | None = None
@@ -102,16 +104,16 @@ class Args:
     max_length: int = 512
     """the most tokens that prompt and response may have together; pairs with a longer side are left
     out and counted on the screen"""
-    lr: float = 1e-3
-    """learning rate of the first step. The default suits the random walks; a pretrained model needs
-    about 2e-5"""
-    max_grad_norm: float = 1.0
-    """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     use_margin: bool = True
     """subtract the column margin inside the loss, where the rows have one"""
     demonstrations: str | None = None
     """rows with prompt+completion whose mean score becomes 0. If not given: demonstrations.jsonl
     beside --dataset; if that does not exist, scores are not centred"""
+    lr: float = 1e-3
+    """learning rate of the first step; a pretrained model needs about 2e-5. The default suits the
+    random walks"""
+    max_grad_norm: float = 1.0
+    """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     """what forward and backward compute in; weights, optimizer state and scores stay fp32"""
     compile: bool = torch.cuda.is_available()
@@ -177,29 +179,33 @@ def last_token_scores(model, input_ids, attention_mask):
 def load_comparisons(path, tokenizer, args, max_rows=None):
     """[{"chosen", "rejected", "margin"}] of the rows that fit.
 
-    chosen and rejected: the token ids of prompt and response joined.
+    chosen and rejected are sides: the token ids of a prompt, and of a response with EOS at its end.
     """
 
     def encode(row):
         margin = row.get("margin", 0.0) if args.use_margin else 0.0
         if not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"margin is {margin!r}, not a finite number")
+        # Without a column `prompt` each side has a prompt of its own, or none.
         prompt = row.get("prompt", "")
-        # The ids of a prompt, and of a response with EOS at its end. Without a column `prompt` the
-        # two sides may have prompts of their own.
-        prompt_1, chosen = utils.encode_pair(tokenizer, prompt, row["chosen"])
-        prompt_2, rejected = utils.encode_pair(tokenizer, prompt, row["rejected"])
-        pair = {"chosen": prompt_1 + chosen, "rejected": prompt_2 + rejected}
-        return [{**pair, "margin": float(margin)}]
+        chosen = utils.encode_pair(tokenizer, prompt, row["chosen"])
+        rejected = utils.encode_pair(tokenizer, prompt, row["rejected"])
+        return [{"chosen": chosen, "rejected": rejected, "margin": float(margin)}]
 
     rows = utils.load_rows(path, [("chosen", "rejected")], max_rows)
     pairs = utils.encode_rows(path, rows, encode)
     return utils.leave_out_long(path, pairs, pair_length, args.max_length)
 
 
+def side_length(side):
+    """The tokens of a side, prompt and response together."""
+    prompt_ids, response_ids = side
+    return len(prompt_ids) + len(response_ids)
+
+
 def pair_length(pair):
     """The tokens of the longer side of a pair."""
-    return max(len(pair["chosen"]), len(pair["rejected"]))
+    return max(side_length(pair["chosen"]), side_length(pair["rejected"]))
 
 
 def load_data(args, tokenizer):
@@ -210,8 +216,9 @@ def load_data(args, tokenizer):
     return utils.hold_out(pairs, args.seed)
 
 
-def collate(sequences, fill_id):
-    """Lists of ids as a batch on the CPU: input_ids and attention_mask (N,T), right padded."""
+def collate(sides, fill_id):
+    """input_ids and attention_mask of sides as tensors (N,T) on the CPU, padded on the right."""
+    sequences = [prompt_ids + response_ids for prompt_ids, response_ids in sides]
     input_ids = utils.pad_right(sequences, fill_id)
     attention_mask = utils.pad_right([[True] * len(ids) for ids in sequences], False)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -223,8 +230,8 @@ def collate(sequences, fill_id):
 
 def micro_batch_loss(model, pairs, means, fill_id, device):
     """The summed loss of a micro-batch of pairs, 0-d; adds what is logged to `means`."""
-    sequences = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    batch = utils.to_device(collate(sequences, fill_id), device)
+    sides = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    batch = utils.to_device(collate(sides, fill_id), device)
     margin = torch.tensor([pair["margin"] for pair in pairs], device=device)
     chosen_scores, rejected_scores = last_token_scores(model, **batch).chunk(2)
     losses = preference_loss(chosen_scores, rejected_scores, margin)
@@ -240,7 +247,7 @@ def evaluate(model, pairs, fill_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = utils.Means()
     lengths = [pair_length(pair) for pair in pairs]
-    for group in utils.split_by_length(range(len(pairs)), lengths, args.micro_batch_size, ranks):
+    for group in utils.micro_batch_rows(range(len(pairs)), lengths, args.micro_batch_size, ranks):
         part = [pairs[i] for i in group]
         with utils.autocast(args, ranks.device):
             micro_batch_loss(model, part, means, fill_id, ranks.device)
@@ -251,8 +258,8 @@ def evaluate(model, pairs, fill_id, args, ranks):
 # Centring
 
 
-def load_demonstration_ids(args, tokenizer):
-    """Token ids of the demonstrations that fit; an empty list where there is no file of them."""
+def load_demonstration_sides(args, tokenizer):
+    """The demonstrations that fit, as sides; an empty list where there is no file of them."""
     path = args.demonstrations
     beside = Path(args.dataset).with_name("demonstrations.jsonl")
     if path is None and beside.is_file():
@@ -261,24 +268,23 @@ def load_demonstration_ids(args, tokenizer):
         return []
 
     def encode(row):
-        prompt_ids, completion_ids = utils.encode_pair(tokenizer, row["prompt"], row["completion"])
-        return [prompt_ids + completion_ids]
+        return [utils.encode_pair(tokenizer, row["prompt"], row["completion"])]
 
     rows = utils.load_rows(path, [("prompt", "completion")])
-    sequences = utils.encode_rows(path, rows, encode)
-    return utils.leave_out_long(path, sequences, len, args.max_length)
+    sides = utils.encode_rows(path, rows, encode)
+    return utils.leave_out_long(path, sides, side_length, args.max_length)
 
 
 @torch.no_grad()
 def centre_scores(model, demonstrations, fill_id, args, ranks):
-    """Put the mean score of the demonstrations, lists of token ids, into config.score_mean.
+    """Put the mean score of the demonstrations, which are sides, into config.score_mean.
 
     It is a mean over all ranks. Without demonstrations score_mean stays 0.
     """
     means = utils.Means()
-    lengths = [len(ids) for ids in demonstrations]
+    lengths = [side_length(side) for side in demonstrations]
     size = 2 * args.micro_batch_size  # As many sequences as in a micro-batch of pairs.
-    for group in utils.split_by_length(range(len(lengths)), lengths, size, ranks):
+    for group in utils.micro_batch_rows(range(len(lengths)), lengths, size, ranks):
         part = [demonstrations[i] for i in group]
         batch = utils.to_device(collate(part, fill_id), ranks.device)
         with utils.autocast(args, ranks.device):
@@ -323,8 +329,8 @@ def main(args):
     pairs, eval_pairs = load_data(args, tokenizer)
     lengths = [pair_length(pair) for pair in pairs]
     longest = max(pair_length(pair) for pair in pairs + eval_pairs)
-    demonstrations = load_demonstration_ids(args, tokenizer)
-    longest = max([longest, *(len(ids) for ids in demonstrations)])
+    demonstrations = load_demonstration_sides(args, tokenizer)
+    longest = max([longest, *(side_length(side) for side in demonstrations)])
 
     ranks = utils.init_ranks(args.timeout_minutes)
     utils.check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
@@ -354,7 +360,7 @@ def main(args):
         epoch, indices = next(batches)
 
         # 2. Loss of this rank's share of the batch, in micro-batches of pairs of similar length.
-        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
+        for group in utils.micro_batch_rows(indices, lengths, args.micro_batch_size, ranks):
             part = [pairs[i] for i in group]
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, fill_id, ranks.device)

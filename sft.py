@@ -219,7 +219,7 @@ def evaluate(model, rows, loss_fn, fill_id, args, ranks):
     """The held-out metrics by name, over all ranks."""
     means = utils.Means()
     lengths = [row_length(row) for row in rows]
-    for group in utils.split_by_length(range(len(rows)), lengths, args.micro_batch_size, ranks):
+    for group in utils.micro_batch_rows(range(len(rows)), lengths, args.micro_batch_size, ranks):
         part = [rows[i] for i in group]
         with utils.autocast(args, ranks.device):
             micro_batch_loss(model, part, means, loss_fn, fill_id, ranks.device)
@@ -281,7 +281,7 @@ def main(args):
         # 2. Loss of this rank's share of the batch, in micro-batches of rows of similar length.
         num_labels = sum(lengths[i] - rows[i]["num_unlabelled"] for i in indices)
         num_labels = max(num_labels, 1)  # Rows of empty texts have no label.
-        for group in utils.split_by_length(indices, lengths, args.micro_batch_size, ranks):
+        for group in utils.micro_batch_rows(indices, lengths, args.micro_batch_size, ranks):
             part = [rows[i] for i in group]
             with utils.autocast(args, ranks.device):
                 loss_sum = micro_batch_loss(model, part, means, loss_fn, fill_id, ranks.device)

@@ -753,7 +753,7 @@ def global_batches(num_rows, batch_size, num_steps, seed, done=0):
         yield epoch + 1, order[index * batch_size : (index + 1) * batch_size]
 
 
-def split_by_length(rows, lengths, size, ranks=None):
+def micro_batch_rows(rows, lengths, size, ranks=None):
     """Row numbers in groups of at most `size` rows of similar length: a list of lists.
 
     lengths[row]: the tokens of a row. With ranks: only this rank's share of the rows, every

@@ -279,7 +279,7 @@ def gradients_of(rank, script, options):
     optimizers = []
     batches = []
     ranks = utils.Ranks(rank or 0, 1 if rank is None else 2, torch.device("cpu"))
-    split_by_length = utils.split_by_length
+    micro_batch_rows = utils.micro_batch_rows
     micro_batch_loss = getattr(module, "micro_batch_loss", None)
 
     def recorded_optimizer(*args, **kwargs):
@@ -288,7 +288,7 @@ def gradients_of(rank, script, options):
 
     def recorded_split(*args):
         batches.append([])
-        return split_by_length(*args)
+        return micro_batch_rows(*args)
 
     def recorded_loss(model, rows, *args, **kwargs):
         batches[-1].extend(rows)
@@ -296,7 +296,7 @@ def gradients_of(rank, script, options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "init_ranks", lambda timeout_minutes: ranks)
-        patch.setattr(utils, "split_by_length", recorded_split)
+        patch.setattr(utils, "micro_batch_rows", recorded_split)
         if micro_batch_loss is not None:
             patch.setattr(module, "micro_batch_loss", recorded_loss)
         patch.setattr(torch.optim, "AdamW", recorded_optimizer)

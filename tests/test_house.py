@@ -156,11 +156,14 @@ PARTS = {
     "Args",
     "main",
     "check_flags",
+    "load_comparisons",
     "load_data",
     "load_model",
+    "load_models",
     "collate",
     "micro_batch_loss",
     "evaluate",
+    "next_prompts",
 }
 
 

@@ -719,7 +719,7 @@ BUGS = [
         old="(loss_sum / num_tokens).backward()",
         new=(
             'lengths = batch["is_real"].sum(1).tolist()\n'
-            "        mine = utils.split_by_length(minibatch, lengths, len(lengths), ranks)[0]\n"
+            "        mine = utils.micro_batch_rows(minibatch, lengths, len(lengths), ranks)[0]\n"
             '        num_tokens = batch["mask"][mine].sum() * ranks.world_size\n'
             "        (loss_sum / num_tokens).backward()"
         ),

@@ -94,6 +94,12 @@ def score_alone(model, ids):
     return hidden[0, -1] @ model.score.weight[0]
 
 
+def joined(side):
+    """The ids of a prompt and its response."""
+    prompt_ids, response_ids = side
+    return prompt_ids + response_ids
+
+
 # --------------------------------------------------------------------------------------------------
 # The loss
 
@@ -246,9 +252,10 @@ def test_scores_are_fp32_under_autocast(llama_rm_folder):
 
 @pytest.mark.fast
 def test_pairs_end_with_one_eos_and_share_their_prompt(tokenizer, encode):
-    pair = {"chosen": [2, 3, 4, EOS], "rejected": [2, 3, 5, 6, EOS], "margin": 0.0}
+    pair = {"chosen": ([2, 3], [4, EOS]), "rejected": ([2, 3], [5, 6, EOS]), "margin": 0.0}
     assert encode([{"prompt": "ab", "chosen": "c", "rejected": "de|"}], tokenizer) == [pair]
     # The prompt may be inside both.
+    pair = {"chosen": ([], [2, 3, 4, EOS]), "rejected": ([], [2, 3, 5, 6, EOS]), "margin": 0.0}
     assert encode([{"chosen": "abc", "rejected": "abde"}], tokenizer) == [pair]
 
 
@@ -265,8 +272,8 @@ def test_pairs_may_be_messages(encode):
     assert encode([whole], tokenizer) == apart
     # A text beside whole conversations, as in UltraFeedback.
     assert encode([{"prompt": "ab", **whole}], tokenizer) == apart
-    assert tokenizer.decode(apart[0]["chosen"]) == "Uab|Ac|"
-    assert tokenizer.decode(apart[0]["rejected"]) == "Uab|Ade|"
+    assert tokenizer.decode(joined(apart[0]["chosen"])) == "Uab|Ac|"
+    assert tokenizer.decode(joined(apart[0]["rejected"])) == "Uab|Ade|"
 
 
 @pytest.mark.fast
@@ -295,9 +302,9 @@ def first_ids(model, input_ids, attention_mask):
 def test_the_metrics_of_a_batch_are_their_definitions(monkeypatch):
     """A margin is part of the loss alone, and a tie is half right."""
     rows = [
-        {"chosen": [5, EOS], "rejected": [3, 7, EOS], "margin": 0.5},
-        {"chosen": [4, EOS], "rejected": [4, EOS], "margin": 0.0},
-        {"chosen": [2, 8, 8, EOS], "rejected": [6, EOS], "margin": 0.0},
+        {"chosen": ([5], [EOS]), "rejected": ([3, 7], [EOS]), "margin": 0.5},
+        {"chosen": ([], [4, EOS]), "rejected": ([4], [EOS]), "margin": 0.0},
+        {"chosen": ([2, 8], [8, EOS]), "rejected": ([6], [EOS]), "margin": 0.0},
     ]
     expected = [-math.log(1 / (1 + math.exp(-x))) for x in (5 - 3 - 0.5, 0.0, 2 - 6)]
     monkeypatch.setattr(reward_model, "last_token_scores", first_ids)
@@ -318,8 +325,8 @@ def test_the_metrics_of_a_batch_are_their_definitions(monkeypatch):
 def expected_step(folder, pairs):
     """(gradients, metrics) of the mean loss over pairs, each side scored alone."""
     model = load(folder)
-    chosen = torch.stack([score_alone(model, pair["chosen"]) for pair in pairs])
-    rejected = torch.stack([score_alone(model, pair["rejected"]) for pair in pairs])
+    chosen = torch.stack([score_alone(model, joined(pair["chosen"])) for pair in pairs])
+    rejected = torch.stack([score_alone(model, joined(pair["rejected"])) for pair in pairs])
     margin = torch.tensor([pair["margin"] for pair in pairs])
     difference = chosen - rejected
     loss = -torch.sigmoid(difference - margin).log().mean()
@@ -498,8 +505,8 @@ def test_long_demonstrations_are_left_out_and_counted(options, tmp_path, tokeniz
     rows = [*DEMONSTRATIONS[:2], {"prompt": "a", "completion": "b" * 30}]
     path = write_jsonl(tmp_path / "some.jsonl", rows)
     args = reward_model.Args(**options | {"demonstrations": path, "max_length": 20})
-    encoded = reward_model.load_demonstration_ids(args, tokenizer)
-    assert encoded == [[2, 3, 4, 2, EOS], [3, 4, 5, 4, 5, EOS]]
+    encoded = reward_model.load_demonstration_sides(args, tokenizer)
+    assert [joined(side) for side in encoded] == [[2, 3, 4, 2, EOS], [3, 4, 5, 4, 5, EOS]]
     assert "some.jsonl: left out 1 of 3 rows longer" in capsys.readouterr().out
     path = write_jsonl(tmp_path / "long.jsonl", rows[2:])
     refuses(
@@ -555,8 +562,9 @@ def test_it_learns_that_longer_is_better(options, tmp_path, tokenizer, encode):
     model = load(f"{options['output_dir']}/model")
     right = []
     for pair in encode(rows[256:], tokenizer):
-        difference = score_alone(model, pair["chosen"]) - score_alone(model, pair["rejected"])
-        right.append(difference.item() > 0)
+        chosen_score = score_alone(model, joined(pair["chosen"]))
+        rejected_score = score_alone(model, joined(pair["rejected"]))
+        right.append((chosen_score > rejected_score).item())
     assert np.mean(right) == pytest.approx(lines[-1]["eval/rm/accuracy"], abs=1e-6)
 
 

@@ -1143,7 +1143,7 @@ def test_the_order_of_an_epoch_is_drawn_once(done, epochs, monkeypatch):
 
 
 def groups_of(lengths, size, ranks=None):
-    return utils.split_by_length(range(len(lengths)), lengths, size, ranks)
+    return utils.micro_batch_rows(range(len(lengths)), lengths, size, ranks)
 
 
 def test_rows_of_similar_length_go_together():
@@ -1155,8 +1155,8 @@ def test_rows_of_similar_length_go_together():
 
 def test_some_rows_are_split_by_their_lengths():
     lengths = [5, 1, 3, 2, 4]
-    assert utils.split_by_length([4, 0, 3], lengths, 2) == [[3, 4], [0]]
-    assert utils.split_by_length(torch.tensor([4, 0, 3]), lengths, 2) == [[3, 4], [0]]
+    assert utils.micro_batch_rows([4, 0, 3], lengths, 2) == [[3, 4], [0]]
+    assert utils.micro_batch_rows(torch.tensor([4, 0, 3]), lengths, 2) == [[3, 4], [0]]
 
 
 def test_ranks_share_the_rows_of_every_length():

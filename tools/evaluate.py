@@ -76,7 +76,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ilql_rlhf import generate_steered, load_ilql
 from ppo_rlhf import Actor, generate, last_token_scores, pack_responses, response_hidden
 from ppo_rlhf import select, token_logprobs
-from reward_model import collate
+from reward_model import collate, pair_length
 from utils import Ranks, UserError, all_eos_ids, allowed_ids, autocast, call_reward_fn
 from utils import check_at_least, check_decoding, check_path, check_positions, encode_pair
 from utils import encode_rows, environment, fit_to_tokenizer, has_no_weights, init_ranks, launch
@@ -543,22 +543,21 @@ def evaluate_policy(args, functions, names, ranks):
 def load_pairs(args, tokenizer):
     """[{"chosen", "rejected", "group", "margin"}] of the rows of --pairs that fit, short first.
 
-    chosen and rejected are token ids. group: the prompt, or the whole row where it has none.
+    chosen and rejected are sides: token ids of a prompt and of a response. group: the prompt, or
+    the whole row where it has none.
     """
 
     def encode(row):
         prompt = row.get("prompt", "")
         pair = {"group": json.dumps(prompt or row, default=str), "margin": row.get("margin")}
         for side in ("chosen", "rejected"):
-            prompt_ids, response_ids = encode_pair(tokenizer, prompt, row[side])
-            pair[side] = prompt_ids + response_ids
-        pair["length"] = max(len(pair["chosen"]), len(pair["rejected"]))
+            pair[side] = encode_pair(tokenizer, prompt, row[side])
         return [pair]
 
     pairs = encode_rows(args.pairs, load_rows(args.pairs, [("chosen", "rejected")]), encode)
-    kept = leave_out_long(args.pairs, pairs, lambda pair: pair["length"], args.max_length)
+    kept = leave_out_long(args.pairs, pairs, pair_length, args.max_length)
     # Rows of similar length share a forward.
-    return sorted(kept, key=lambda pair: pair["length"])
+    return sorted(kept, key=pair_length)
 
 
 @torch.no_grad()
@@ -566,13 +565,13 @@ def pair_accuracy(path, name, args, ranks):
     """{accuracy/name: estimate} of one reward model, and of the clear pairs among them."""
     tokenizer = load_tokenizer(path)
     pairs = load_pairs(args, tokenizer)
-    model = load_reward_model(path, pairs[-1]["length"], ranks.device)
+    model = load_reward_model(path, pair_length(pairs[-1]), ranks.device)
     wins = []
     num_batches = math.ceil(len(pairs) / args.batch_size)
     for step in progress(0, num_batches, ranks, f"pairs {name}"):
         part = pairs[(step - 1) * args.batch_size : step * args.batch_size]
-        sequences = [pair["chosen"] for pair in part] + [pair["rejected"] for pair in part]
-        batch = to_device(collate(sequences, tokenizer.eos_token_id), ranks.device)
+        sides = [pair["chosen"] for pair in part] + [pair["rejected"] for pair in part]
+        batch = to_device(collate(sides, tokenizer.eos_token_id), ranks.device)
         with autocast(args, ranks.device):
             chosen_scores, rejected_scores = last_token_scores(model, **batch).chunk(2)
         wins += (0.5 + 0.5 * torch.sign(chosen_scores - rejected_scores)).tolist()
