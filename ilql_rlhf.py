@@ -919,8 +919,8 @@ def main(args):
         if saves:
             run.save_checkpoint(step, state)
 
+    run.save_model("model", ilql, tokenizer)
     if ranks.is_main:
-        utils.save_pretrained(run.folder / "model", ilql, tokenizer)
         flags = f"--run {run.folder} --beta {args.eval_betas[-1]:g}"
         if not prompts:
             flags += " --dataset my_prompts.jsonl"

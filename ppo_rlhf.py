@@ -45,6 +45,8 @@ Responses
       log-probabilities are computed by the policy itself, so the probability ratios of an update's
       first step are 1, up to rounding.
 Scores
+    - A score is the sum of what the reward model and the functions of --reward_fn say, weighted by
+      --reward_weights.
     - Scores are normalised, then clipped, then replaced. The first two are off by default. What is
       replaced, by --missing_eos_score, is the score of a response that reaches --response_length
       without an end token.
@@ -98,6 +100,7 @@ and `load_critic` go, and the model to train is the `Actor` of the policy.
 
 import copy
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +123,20 @@ class Args:
     reward_model: str | None = None
     """the model that scores responses, a Hub name or a folder. If neither this nor --reward_fn is
     given: the newest finished run of reward_model.py"""
-    reward_fn: str | None = None
-    """a function that scores responses instead of a reward model:
+    reward_fn: tuple[str, ...] = ()
+    """functions that score responses, instead of a reward model or beside it:
     path/to/file.py:function(prompts, responses, **columns), which returns a number for each
     response"""
-    monitor_fn: str | None = None
-    """a function like --reward_fn whose mean is logged as monitor/<name> and never trained on"""
+    reward_weights: tuple[float, ...] = ()
+    """a score is the weighted sum of what all of them say: a weight for each --reward_fn, and then
+    one for --reward_model. If not given: all are 1"""
+    monitor_fn: tuple[str, ...] = ()
+    """functions like --reward_fn whose means are logged as monitor/<name> and never trained on"""
     dataset: str = "data/randomwalks/prompts.jsonl"
-    """rows with a column `prompt`; all other columns are passed to the reward function"""
+    """rows with a column `prompt`; all other columns are passed to the reward functions"""
+    eval_dataset: str | None = None
+    """held-out rows of the same kind, to which the policy responds before the first update, every
+    --eval_every updates, and after the last. If not given: no evaluation"""
     output_dir: str | None = None
     """the run folder, which must not exist yet. If not given: runs/ppo_rlhf__<seed>__<time>"""
     seed: int = 1
@@ -205,6 +214,12 @@ class Args:
     """what forward, backward and sampling compute in; weights and optimizer state stay fp32"""
     compile: bool = torch.cuda.is_available()
     """compile each transformer layer, the log-probabilities and the decoding step"""
+    eval_every: int = 10
+    """updates between two evaluations"""
+    eval_samples: int = 4
+    """responses to each held-out prompt"""
+    save_best: bool = False
+    """keep the model with the highest eval/score in best_model/"""
     save_every: int = 0
     """updates between two checkpoints to resume from; 0: no checkpoints"""
     resume: str | None = None
@@ -570,7 +585,7 @@ def generate(
 
 
 def next_prompts(prompts, update, args, ranks):
-    """This rank's prompts of an update, and the uniforms (B,R) to sample with.
+    """This rank's prompts of an update: token ids, rows, and the uniforms (B,R) to sample with.
 
     They are cut out of those of all ranks, which depend on the seed and the update alone.
     """
@@ -580,20 +595,24 @@ def next_prompts(prompts, update, args, ranks):
     order = utils.prompt_order(len(prompts), first, args.batch_size, args.seed)
     generator = utils.seeded(args.seed, "uniforms", update)
     uniforms = torch.rand(args.batch_size, args.response_length, generator=generator)
-    return [prompts[i] for i in order[mine]], uniforms[mine].to(ranks.device)
+    chosen = [prompts[i] for i in order[mine]]
+    prompt_ids = [ids for ids, _ in chosen]
+    rows = [row for _, row in chosen]
+    return prompt_ids, rows, uniforms[mine].to(ranks.device)
 
 
-def rollout(sampler, prompts, uniforms, longest_prompt, eos_id, **sampling):
-    """Sample a response to each prompt: the batch of `pack_responses`.
+def rollout(sampler, prompt_ids, uniforms, longest_prompt, tokenizer, **sampling):
+    """Sample a response to each prompt: (the batch of `pack_responses`, the responses as texts).
 
     sampling: the options of `generate`.
     """
-    sequences = [ids for ids, _ in prompts]
     pad_id = sampling["pad_id"]
-    queries, query_mask = utils.left_pad(sequences, longest_prompt, pad_id, uniforms.device)
+    queries, query_mask = utils.left_pad(prompt_ids, longest_prompt, pad_id, uniforms.device)
     responses = generate(sampler, queries, query_mask, uniforms, **sampling)
     stop_ids = sampling["stop_ids"]
-    return pack_responses(queries, query_mask, responses, stop_ids, sampling["min_length"], eos_id)
+    eos_id = tokenizer.eos_token_id
+    batch = pack_responses(queries, query_mask, responses, stop_ids, sampling["min_length"], eos_id)
+    return batch, tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
 
 
 def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id):
@@ -649,27 +668,23 @@ def micro_batches(batch, rows, args, ranks=None):
 
 
 @torch.no_grad()
-def evaluate_tokens(batch, model, reference, args):
-    """What the models say of each response token before the update: (B,R), 0 outside the mask.
-
-    Returns what the model returns, and ref_logprobs.
-    """
+def evaluate_tokens(batch, model, args):
+    """What a model says of each response token: its tensors, (B,R), 0 outside the mask."""
     mask = batch["mask"]
-    scored = {}
+    evaluated = {}
     for rows, part in micro_batches(batch, range(len(mask)), args):
         with utils.autocast(args, mask.device):
             output = model(part)
-            output["ref_logprobs"] = reference(part)["logprobs"]
         R = part["mask"].shape[1]
         for name, x in output.items():
-            if name not in scored:
-                scored[name] = torch.zeros(mask.shape, device=mask.device)
-            scored[name][rows, :R] = torch.where(part["mask"], x, 0.0)
-    return scored
+            if name not in evaluated:
+                evaluated[name] = torch.zeros(mask.shape, device=mask.device)
+            evaluated[name][rows, :R] = torch.where(part["mask"], x, 0.0)
+    return evaluated
 
 
 @torch.no_grad()
-def score_responses(batch, reward_model, args):
+def reward_model_scores(batch, reward_model, args):
     """What the reward model says of each response, (B,)."""
     mask = batch["mask"]
     scores = torch.zeros(len(mask), device=mask.device)
@@ -677,6 +692,19 @@ def score_responses(batch, reward_model, args):
         with utils.autocast(args, mask.device):
             scores[rows] = last_token_scores(reward_model, part["input_ids"], part["is_real"])
     return scores
+
+
+def score_responses(batch, rows, texts, reward_fns, reward_model, args):
+    """(scores (B,), {name: scores (B,)}): the weighted sum, and what each scorer says.
+
+    rows: those of the data set that the prompts are from. texts: the responses.
+    """
+    parts = utils.call_reward_fns(reward_fns, rows, texts, batch["mask"].device)
+    if reward_model is not None:
+        parts["reward_model"] = reward_model_scores(batch, reward_model, args)
+    weights = args.reward_weights or [1.0] * len(parts)
+    scores = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
+    return scores, parts
 
 
 def final_scores(raw_scores, has_eos, moments, args):
@@ -764,6 +792,52 @@ def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
 # Metrics
 
 
+def evaluate_policy(sampler, sampling, prompts, scorers, args, ranks):
+    """The metrics of --eval_samples responses to each held-out prompt, over all ranks.
+
+    The randomness is the same in every evaluation. scorers: reward_fns and reward_model.
+    """
+    k = args.eval_samples
+    total = len(prompts) * k
+    generator = utils.seeded(args.seed, "evaluation")
+    uniforms = torch.rand(total, args.response_length, generator=generator)
+    size = args.batch_size // ranks.world_size
+    results = []
+    for start in range(ranks.rank * size, total, args.batch_size):
+        # The cache holds a fixed number of rows: the last batch is filled up with the first ones.
+        numbers = [number % total for number in range(start, start + size)]
+        prompt_ids = [prompts[number // k][0] for number in numbers]
+        rows = [prompts[number // k][1] for number in numbers]
+        batch, texts = rollout(sampler, prompt_ids, uniforms[numbers].to(ranks.device), **sampling)
+        scores, _ = score_responses(batch, rows, texts, *scorers, args)
+        lengths = batch["mask"].sum(1)
+        count = min(size, total - start)
+        results += list(zip(numbers, scores.tolist(), lengths.tolist(), strict=True))[:count]
+    results = sorted(itertools.chain.from_iterable(utils.gather_objects(results)))
+    _, scores, lengths = torch.tensor(results, dtype=torch.float64).T
+    return evaluation_metrics(scores.view(-1, k), lengths.view(-1, k))
+
+
+def evaluation_metrics(scores, lengths):
+    """Means by name, and the half width of the 95% interval of each; scores and lengths (N,k).
+
+    N prompts with k responses each. If all scores are 0 or 1, pass@1 is the share of responses with
+    1, and pass@k that of prompts of which at least one response has it. The intervals come from the
+    spread between prompts.
+    """
+    k = scores.shape[1]
+    by_prompt = {"score": scores.mean(1), "length": lengths.mean(1)}
+    if ((scores == 0) | (scores == 1)).all():
+        by_prompt["pass@1"] = scores.mean(1)
+        by_prompt[f"pass@{k}"] = scores.amax(1)
+    metrics = {}
+    for name, x in by_prompt.items():
+        standard_error = (x.var(correction=0) / max(len(x) - 1, 1)).sqrt()
+        metrics[f"eval/{name}"] = x.mean().item()
+        metrics[f"eval/{name}_ci95"] = 1.96 * standard_error.item()
+    return metrics
+
+
 def explained_variance(batch):
     """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
     mask = batch["mask"]
@@ -801,13 +875,13 @@ def rollout_metrics(batch, kl_coef, extra):
     return means.over_ranks()
 
 
-def sample_columns(batch, dataset_rows, texts, count=16):
+def sample_columns(batch, rows, texts, count=16):
     """Score, KL, query and response of the first rows, as lists by name."""
     kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
     return {
         "score": batch["scores"][:count].tolist(),
         "kl": kl[:count].tolist(),
-        "query": [row["prompt"] for row in dataset_rows[:count]],
+        "query": [row["prompt"] for row in rows[:count]],
         "response": texts[:count],
     }
 
@@ -839,32 +913,54 @@ def check_flags(args):
         raise UserError("--min_length: must be below --response_length, else no response could end")
     if args.target_kl_nats and args.kl_coef == 0:
         raise UserError("--target_kl_nats: scales --kl_coef, which must start above 0")
-    if args.reward_model and args.reward_fn:
+    utils.check_at_least(args, 1, "eval_every", "eval_samples")
+    if args.save_best and not args.eval_dataset:
+        raise UserError("--save_best: needs --eval_dataset, by which the best is chosen")
+    num_scorers = len(args.reward_fn) + (args.reward_model is not None or not args.reward_fn)
+    if args.reward_weights and len(args.reward_weights) != num_scorers:
+        weights = f"{len(args.reward_weights)} for {num_scorers} that score"
         raise UserError(
-            "--reward_model and --reward_fn: give one; to watch a function: --monitor_fn"
+            f"--reward_weights: {weights}; one for each --reward_fn, then --reward_model"
         )
+    if not all(math.isfinite(weight) for weight in args.reward_weights):
+        raise UserError(f"--reward_weights {args.reward_weights}: must be finite")
 
 
 def choose_models(args):
     """Fill in the newest finished runs of the earlier stages where no model is named."""
     if args.model is None:
         args.model = utils.newest_run("sft", args.dataset)
-    if args.reward_model is None and args.reward_fn is None:
+    if args.reward_model is None and not args.reward_fn:
         args.reward_model = utils.newest_run("reward_model", args.dataset)
 
 
-def load_reward_function(spec, flag, prompts):
-    """The function that a flag names, called once so that mistakes show early; none without one."""
-    if spec is None:
-        return None
-    function = utils.load_function(spec, flag)
+def load_data(args, tokenizer):
+    """(training prompts, held-out prompts), each [(token ids, row)]."""
+    prompts = utils.load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
+    if not args.eval_dataset:
+        return prompts, []
+    flag = "--query_length"
+    return prompts, utils.load_prompts(args.eval_dataset, tokenizer, args.query_length, flag)
+
+
+def load_reward_functions(specs, flag, prompts):
+    """{name: function} of the functions that a flag names, each called once to show mistakes."""
+    functions = {}
     rows = [row for _, row in prompts[:2]]
-    utils.call_reward_fn(function, rows, [""] * len(rows), "cpu")
-    return function
+    for spec in specs:
+        function = utils.load_function(spec, flag)
+        name = function.__name__
+        if name in functions:
+            raise UserError(f"{flag} {spec}: another function is called {name} too")
+        functions[name] = function
+    utils.call_reward_fns(functions, rows, [""] * len(rows), "cpu")
+    return functions
 
 
 def load_models(args, tokenizer, num_positions, device):
     """(policy, reference, reward_model), the last one None without --reward_model."""
+    if args.reward_model:
+        utils.check_same_tokenizer(args.reward_model, tokenizer, args.model)
     policy, _ = utils.load_pretrained(AutoModelForCausalLM, args.model)
     utils.check_positions(policy.config, num_positions, "--response_length", args.model)
     utils.fit_to_tokenizer(policy, tokenizer, utils.all_eos_ids(policy, tokenizer))
@@ -908,8 +1004,16 @@ def load_critic(args, tokenizer, policy):
     return critic.to(policy.device)
 
 
+def make_logprobs_fn(args, allowed):
+    """`token_logprobs` with the temperature and the allowed ids, compiled under --compile."""
+    logprobs_fn = token_logprobs
+    if args.compile:
+        logprobs_fn = torch.compile(token_logprobs, dynamic=True)
+    return functools.partial(logprobs_fn, temperature=args.temperature, allowed=allowed)
+
+
 def make_sampler(args, tokenizer, policy, longest_prompt, allowed):
-    """(a copy of the policy to sample from, the options of `generate`).
+    """(a copy of the policy to sample from, the options of `rollout`).
 
     The copy must be made before the policy's layers are compiled: under --compile its decoding step
     is compiled as a whole.
@@ -922,6 +1026,8 @@ def make_sampler(args, tokenizer, policy, longest_prompt, allowed):
         decode_fn = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True)
     stop_ids = utils.stop_token_ids(tokenizer, args.stop_token, policy.config.eos_token_id)
     sampling = {
+        "longest_prompt": longest_prompt,
+        "tokenizer": tokenizer,
         "temperature": args.temperature,
         "stop_ids": torch.tensor(stop_ids, device=allowed.device),
         "pad_id": tokenizer.pad_token_id,
@@ -938,27 +1044,22 @@ def main(args):
     check_flags(args)
     choose_models(args)
     tokenizer = utils.load_tokenizer(args.model)
-    if args.reward_model:
-        utils.check_same_tokenizer(args.reward_model, tokenizer, args.model)
-    prompts = utils.load_prompts(args.dataset, tokenizer, args.query_length, "--query_length")
-    reward_fn = load_reward_function(args.reward_fn, "--reward_fn", prompts)
-    monitor_fn = load_reward_function(args.monitor_fn, "--monitor_fn", prompts)
-    P = max(len(ids) for ids, _ in prompts)
+    prompts, eval_prompts = load_data(args, tokenizer)
+    P = max(len(ids) for ids, _ in prompts + eval_prompts)
+    reward_fns = load_reward_functions(args.reward_fn, "--reward_fn", prompts)
+    monitor_fns = load_reward_functions(args.monitor_fn, "--monitor_fn", prompts)
 
     ranks = utils.init_ranks(args.timeout_minutes)
     device = ranks.device
-    parts = ranks.world_size * args.num_minibatches
-    utils.check_divides(parts, args.batch_size, "--batch_size by ranks * --num_minibatches")
+    num_shares = ranks.world_size * args.num_minibatches
+    utils.check_divides(num_shares, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     num_positions = P + args.response_length
     policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
     allowed = utils.allowed_ids(tokenizer, policy.config.vocab_size, device)
     sampler, sampling = make_sampler(args, tokenizer, policy, P, allowed)
 
-    logprobs_fn = token_logprobs
-    if args.compile:
-        logprobs_fn = torch.compile(token_logprobs, dynamic=True)
-    logprobs_fn = functools.partial(logprobs_fn, temperature=args.temperature, allowed=allowed)
+    logprobs_fn = make_logprobs_fn(args, allowed)
     reference = Actor(reference, logprobs_fn)
     actor = Actor(policy, logprobs_fn)
     model = ActorCritic(actor, load_critic(args, tokenizer, policy))
@@ -972,35 +1073,38 @@ def main(args):
     moments = RunningMoments()
 
     run = utils.Run(args, ranks, Path(__file__).stem)
+    best = utils.BestModel(run, args.save_best)
     state = {
         "model": model,
         "optimizer": optimizer,
         "controller": controller,
         "moments": moments,
+        "best": best,
     }
     done = run.load_checkpoint(state) if args.resume else 0
     num_updates = args.total_episodes // args.batch_size
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
-    shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped"]
+    shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped", "eval/score"]
+    shown += [f"monitor/{name}" for name in monitor_fns]
+    scorers = reward_fns, reward_model
+    if done == 0 and eval_prompts:
+        metrics = evaluate_policy(sampler, sampling, eval_prompts, scorers, args, ranks)
+        best.offer(metrics["eval/score"], policy, tokenizer)
+        run.log(0, metrics, shown)
 
     for update in utils.progress(done, num_updates, ranks, run.script):
         # 1. Rollout: sample a response to each prompt.
         watch = utils.Stopwatch(device)
         utils.copy_weights(policy, sampler)
-        batch_prompts, uniforms = next_prompts(prompts, update, args, ranks)
-        batch = rollout(sampler, batch_prompts, uniforms, P, tokenizer.eos_token_id, **sampling)
-        dataset_rows = [row for _, row in batch_prompts]
-        texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
+        prompt_ids, rows, uniforms = next_prompts(prompts, update, args, ranks)
+        batch, texts = rollout(sampler, prompt_ids, uniforms, **sampling)
         watch.lap("time/rollout")
 
         # 2. Score the responses, and evaluate their tokens.
-        if reward_fn is not None:
-            raw_scores = utils.call_reward_fn(reward_fn, dataset_rows, texts, device)
-        else:
-            raw_scores = score_responses(batch, reward_model, args)
-        batch["raw_scores"] = raw_scores
-        batch["scores"] = final_scores(raw_scores, batch["has_eos"], moments, args)
-        batch |= evaluate_tokens(batch, model, reference, args)
+        batch["raw_scores"], parts = score_responses(batch, rows, texts, *scorers, args)
+        batch["scores"] = final_scores(batch["raw_scores"], batch["has_eos"], moments, args)
+        batch |= evaluate_tokens(batch, model, args)
+        batch["ref_logprobs"] = evaluate_tokens(batch, reference, args)["logprobs"]
         watch.lap("time/score")
 
         # 3. Advantages.
@@ -1014,26 +1118,29 @@ def main(args):
         metrics["val/explained_var"] = explained_variance(batch)
         watch.lap("time/update")
 
-        # Log, adapt the price of the KL, save.
-        extra = {}
-        if monitor_fn is not None:
-            name = f"monitor/{monitor_fn.__name__}"
-            extra[name] = utils.call_reward_fn(monitor_fn, dataset_rows, texts, device)
+        # Log, evaluate, adapt the price of the KL, save.
+        monitored = utils.call_reward_fns(monitor_fns, rows, texts, device)
+        extra = {f"score/{name}": x for name, x in parts.items()}
+        extra |= {f"monitor/{name}": x for name, x in monitored.items()}
         metrics |= rollout_metrics(batch, kl_coef, extra)
         metrics |= watch.laps
         metrics["time/episodes_per_second"] = args.batch_size / sum(watch.laps.values())
         metrics |= {"kl_coef": kl_coef, "lr": lr, "episode": update * args.batch_size}
-        run.log(update, metrics, [*shown, *extra])
+        if eval_prompts and (update % args.eval_every == 0 or update == num_updates):
+            utils.copy_weights(policy, sampler)
+            metrics |= evaluate_policy(sampler, sampling, eval_prompts, scorers, args, ranks)
+            best.offer(metrics["eval/score"], policy, tokenizer)
+        run.log(update, metrics, shown)
         if update % 10 == 0 or update in (1, num_updates):
-            run.show_samples(update, sample_columns(batch, dataset_rows, texts))
+            run.show_samples(update, sample_columns(batch, rows, texts))
         if args.target_kl_nats:
             controller.update(metrics["objective/kl"], args.batch_size)
         if args.save_every and update % args.save_every == 0:
             run.save_checkpoint(update, state)
 
+    run.save_model("critic", model.critic, tokenizer)
+    run.save_model("model", policy, tokenizer)
     if ranks.is_main:
-        utils.save_pretrained(run.folder / "critic", model.critic, tokenizer)
-        utils.save_pretrained(run.folder / "model", policy, tokenizer)
         print(f"\nmodel folder  {run.folder}/model")
         print(f"next          python tools/evaluate.py --run {run.folder}")
 

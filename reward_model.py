@@ -37,9 +37,10 @@ Scores
       forward does not.
     - A demonstration of more than --max_length tokens is left out, and the number of them printed.
 Rows
-    - If a row has no column `prompt`, each side must contain the prompt. If the sides are
+    - If a row has no column `prompt`, each side contains its prompt. If the sides are
       conversations (lists of messages), the last message of a side is then the response and the
-      others are the prompt. A `prompt` that is a text beside conversations is ignored.
+      others are the prompt; a text is all response. A `prompt` that is a text beside conversations
+      is ignored.
     - A pair with a side of more than --max_length tokens is left out, never cut. The number of such
       pairs is printed.
     - The column `margin`, in units of the score, is subtracted inside the loss. The metric rm/loss
@@ -50,7 +51,7 @@ Rows
       the same prompt are. Held-out pairs are evaluated before the first step, every --eval_every
       steps, and after the last.
 Steps
-    - Every pair is a row of its own. Ouyang et al. put all pairs of a prompt into one batch.
+    - Every pair is a row of its own. Others put all pairs of a prompt into one batch.
     - All ranks draw the same batch. It is sorted by length, and with n ranks, rank r takes the
       pairs r, r + n, r + 2n and so on. The ranks add up their gradients before the norm is clipped;
       a rank that gets no pair of a small last batch adds zeros.
@@ -186,7 +187,6 @@ def load_comparisons(path, tokenizer, args, max_rows=None):
         margin = row.get("margin", 0.0) if args.use_margin else 0.0
         if not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"margin is {margin!r}, not a finite number")
-        # Without a column `prompt` each side has a prompt of its own, or none.
         prompt = row.get("prompt", "")
         chosen = utils.encode_pair(tokenizer, prompt, row["chosen"])
         rejected = utils.encode_pair(tokenizer, prompt, row["rejected"])
@@ -217,7 +217,7 @@ def load_data(args, tokenizer):
 
 
 def collate(sides, fill_id):
-    """input_ids and attention_mask of sides as tensors (N,T) on the CPU, padded on the right."""
+    """The sides as tensors (N,T) on the CPU, padded on the right."""
     sequences = [prompt_ids + response_ids for prompt_ids, response_ids in sides]
     input_ids = utils.pad_right(sequences, fill_id)
     attention_mask = utils.pad_right([[True] * len(ids) for ids in sequences], False)
@@ -316,7 +316,7 @@ def load_model(args, tokenizer, longest):
     model.config.score_mean = 0.0
     utils.check_positions(model.config, longest, "--max_length", args.model)
     utils.fit_to_tokenizer(model, tokenizer)
-    if args.compile:
+    if args.compile:  # Last, because a copy of a compiled model is not compiled.
         utils.compile_layers(model)
     return model
 
@@ -394,8 +394,8 @@ def main(args):
 
     # 4. Centre.
     centre_scores(model, demonstrations, fill_id, args, ranks)
+    run.save_model("model", model, tokenizer)
     if ranks.is_main:
-        utils.save_pretrained(run.folder / "model", model, tokenizer)
         accuracy = metrics.get("eval/rm/accuracy")
         print(f"held-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
         print(f"model folder      {run.folder / 'model'}")

@@ -313,8 +313,8 @@ def main(args):
         if saves:
             run.save_checkpoint(step, state)
 
+    run.save_model("model", model, tokenizer)
     if ranks.is_main:
-        utils.save_pretrained(run.folder / "model", model, tokenizer)
         loss = metrics.get("eval/sft/loss")
         print(f"\nheld-out loss {'not measured' if loss is None else f'{loss:.4f} nats a token'}")
         print(f"model folder  {run.folder / 'model'}")

@@ -364,6 +364,14 @@ def call_reward_fn(function, rows, responses, device):
     return torch.tensor(scores, device=device)
 
 
+def call_reward_fns(functions, rows, responses, device):
+    """{name: scores (B,)} of {name: function}."""
+    return {
+        name: call_reward_fn(function, rows, responses, device)
+        for name, function in functions.items()
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # Tokenizers
 
@@ -986,6 +994,11 @@ class Run:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
+    def save_model(self, name, model, tokenizer):
+        """Write a model and its tokenizer into a folder of the run, replacing an earlier one."""
+        if self.is_main:
+            save_pretrained(self.folder / name, model, tokenizer)
+
     def save_checkpoint(self, step, objects):
         """Write {name: something with state_dict()}; the file appears complete or not at all."""
         if not self.is_main:
@@ -1019,6 +1032,27 @@ class Run:
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         path.write_text("".join(kept))
+
+
+class BestModel:
+    """Keeps the model with the highest score in best_model/ of a run, if `enabled`."""
+
+    def __init__(self, run, enabled):
+        self.run = run
+        self.enabled = enabled
+        self.score = -math.inf
+
+    def offer(self, score, model, tokenizer):
+        """Save the model if its score is above all that were offered before."""
+        if self.enabled and score > self.score:
+            self.score = score
+            self.run.save_model("best_model", model, tokenizer)
+
+    def state_dict(self):
+        return {"score": self.score}
+
+    def load_state_dict(self, state):
+        self.score = state["score"]
 
 
 def one_line(x):

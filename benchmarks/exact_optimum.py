@@ -175,7 +175,7 @@ def solve(args, seed, folder, **changes):
     flags = {
         "model": reference,
         "dataset": dataset,
-        "reward_fn": f"{__file__}:reward",
+        "reward_fn": (f"{__file__}:reward",),
         "output_dir": str(folder / "run"),
         "seed": seed,
         "kl_coef": args.beta,

@@ -130,9 +130,9 @@ def ppo_args(args, seed, updates, kl_coef, output_dir):
         "save_every": max(updates // args.num_points, 1),
     }
     if args.experiment == "exact":
-        flags |= {"reward_fn": REWARD, "missing_eos_score": "none"}
+        flags |= {"reward_fn": (REWARD,), "missing_eos_score": "none"}
     else:
-        flags |= {"reward_model": args.reward_model, "monitor_fn": REWARD}
+        flags |= {"reward_model": args.reward_model, "monitor_fn": (REWARD,)}
     return ppo_rlhf.Args(**flags)
 
 

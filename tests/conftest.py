@@ -402,8 +402,11 @@ def script_options(tmp_path, gpt2_folder, gpt2_rm_folder, llama_rm_folder):
     }
 
     def options(script, name):
-        fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+        kind = importlib.import_module(script).Args
+        fields = {field.name for field in dataclasses.fields(kind)}
         chosen = {**common, **table.get(script, stop), "output_dir": str(tmp_path / name)}
+        if getattr(kind, "reward_fn", None) == ():
+            chosen["reward_fn"] = (chosen["reward_fn"],) if chosen["reward_fn"] else ()
         return {flag: value for flag, value in chosen.items() if flag in fields}
 
     return options

@@ -116,7 +116,7 @@ def test_ppo_through_the_usual_backend(long_run, tmp_path, tokenizer):
     """The metrics of both runs are equal, but for the clock's; one layer compiles the fastest."""
     policy = build_folder(tmp_path / "policy", "gpt2", "lm", tokenizer, seed=1, n_layer=1)
     options = long_run("ppo_rlhf", "eager") | {"model": policy, "reward_model": None}
-    options |= {"reward_fn": f"{tmp_path}/reward.py:distinct_letters", "value_trunk": "shared"}
+    options |= {"reward_fn": (f"{tmp_path}/reward.py:distinct_letters",), "value_trunk": "shared"}
     options |= {"total_episodes": 16}
     compiled = {"compile": True, "output_dir": str(tmp_path / "compiled")}
     torch.compiler.reset()

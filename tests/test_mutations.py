@@ -332,8 +332,8 @@ BUGS = [
             "test_the_sampler_is_the_policy_of_the_moment[fp32]",
             "test_the_sampler_is_the_policy_of_the_moment[bf16]",
         ],
-        old="        utils.copy_weights(policy, sampler)\n",
-        new="",
+        old="        utils.copy_weights(policy, sampler)\n        prompt_ids",
+        new="        prompt_ids",
         matters=True,
     ),
     Bug(

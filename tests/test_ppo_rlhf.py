@@ -36,6 +36,7 @@ from ppo_rlhf import (
     rollout,
     rollout_metrics,
     sample_tokens,
+    reward_model_scores,
     score_responses,
     evaluate_tokens,
     select,
@@ -1038,13 +1039,8 @@ def test_select_takes_rows_of_every_tensor_and_cuts_what_none_of_them_needs():
     assert batch["input_ids"].shape == (3, 8)
 
 
-def rows_of_prompts():
-    """What `load_prompts` returns for QUERIES."""
-    return [(query, {"prompt": f"prompt {i}"}) for i, query in enumerate(QUERIES)]
-
-
 @pytest.mark.parametrize("min_length", [0, 3])
-def test_rollout_packs_what_was_sampled(policy, min_length):
+def test_rollout_packs_what_was_sampled(policy, tokenizer, min_length):
     stop_ids = [EOS, 20, 21]
     uniforms = uniform(4, 9, seed=10)
     sampling = {
@@ -1054,7 +1050,8 @@ def test_rollout_packs_what_was_sampled(policy, min_length):
         "allowed": ALLOWED,
         "min_length": min_length,
     }
-    batch = rollout(policy, rows_of_prompts(), uniforms, 8, EOS, **sampling)
+    batch, texts = rollout(policy, QUERIES, uniforms, 8, tokenizer, **sampling)
+    assert texts == tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
     is_cut = []
     for i, (query, u) in enumerate(zip(QUERIES, uniforms, strict=True)):
         response = slow_response(policy, query, u, 0.9, stop_ids, min_length)
@@ -1071,12 +1068,12 @@ def test_rollout_packs_what_was_sampled(policy, min_length):
 
 
 @pytest.mark.parametrize("last", [EOS, 5])
-def test_a_stop_before_min_length_is_no_end(policy, monkeypatch, last):
+def test_a_stop_before_min_length_is_no_end(policy, tokenizer, monkeypatch, last):
     """A response that held EOS too early and then ran to the limit has not ended by itself."""
     responses = torch.tensor([[EOS, 7, last]])
     monkeypatch.setattr(ppo_rlhf, "generate", lambda *args, **options: responses)
     sampling = {"stop_ids": torch.tensor([EOS]), "pad_id": PAD, "min_length": 2}
-    batch = rollout(policy, rows_of_prompts()[:1], uniform(1, 3), 4, EOS, **sampling)
+    batch, _ = rollout(policy, QUERIES[:1], uniform(1, 3), 4, tokenizer, **sampling)
     assert batch["mask"].all()
     assert batch["has_eos"].item() == (last == EOS)
 
@@ -1094,9 +1091,11 @@ def test_scoring_gives_each_row_its_own_numbers(actor_critic, folders, micro_bat
     reward_model = load_reward_model(folders[1])
     reward_model.score.weight *= 2
     args = ppo_rlhf.Args(micro_batch_size=micro_batch_size, precision="fp32")
-    scored = evaluate_tokens(batch, actor_critic, Actor(reference, LOGPROBS_FN), args)
-    assert scored.keys() == {"logprobs", "entropy", "values", "ref_logprobs"}
-    raw_scores = score_responses(batch, reward_model, args)
+    scored = evaluate_tokens(batch, actor_critic, args)
+    assert scored.keys() == {"logprobs", "entropy", "values"}
+    evaluated = evaluate_tokens(batch, Actor(reference, LOGPROBS_FN), args)
+    scored["ref_logprobs"] = evaluated["logprobs"]
+    raw_scores = reward_model_scores(batch, reward_model, args)
     for i, (row, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
         length = len(response)
         alone = select(batch, [i])
@@ -1119,20 +1118,68 @@ def test_prompts_and_uniforms_depend_on_seed_and_update_alone():
     args = ppo_rlhf.Args(batch_size=4, response_length=3)
     alone = Ranks(0, 1, torch.device("cpu"))
     updates = [next_prompts(prompts, update, args, alone) for update in range(1, 6)]
-    numbers = [ids[0] for rows, _ in updates for ids, _ in rows]
+    numbers = [ids[0] for prompt_ids, _, _ in updates for ids in prompt_ids]
     assert numbers == prompt_order(10, 0, 20, args.seed)
-    all_uniforms = torch.cat([uniforms for _, uniforms in updates])
+    assert numbers == [row["prompt"] for _, rows, _ in updates for row in rows]
+    all_uniforms = torch.cat([uniforms for _, _, uniforms in updates])
     assert all_uniforms.shape == (20, 3)
     assert len(set(all_uniforms.flatten().tolist())) == 60
-    for update, (rows, uniforms) in enumerate(updates, start=1):
+    for update, (prompt_ids, rows, uniforms) in enumerate(updates, start=1):
         shares = [
             next_prompts(prompts, update, args, Ranks(rank, 2, torch.device("cpu")))
             for rank in (0, 1)
         ]
-        assert [row for share, _ in shares for row in share] == rows
-        assert torch.equal(torch.cat([share for _, share in shares]), uniforms)
+        assert [ids for share, _, _ in shares for ids in share] == prompt_ids
+        assert [row for _, share, _ in shares for row in share] == rows
+        assert torch.equal(torch.cat([share for _, _, share in shares]), uniforms)
     other = ppo_rlhf.Args(batch_size=4, response_length=3, seed=2)
-    assert not torch.equal(next_prompts(prompts, 1, other, alone)[1], updates[0][1])
+    assert not torch.equal(next_prompts(prompts, 1, other, alone)[2], updates[0][2])
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores of several scorers, and evaluation
+
+
+def ones(prompts, responses, **columns):
+    return [1.0] * len(responses)
+
+
+def num_letters(prompts, responses, **columns):
+    return [float(len(response)) for response in responses]
+
+
+def test_scores_are_weighted_sums_of_all_scorers(folders):
+    """Functions in their order, the reward model last; without weights all count as 1."""
+    batch = batch_of()
+    reward_model = load_reward_model(folders[1])
+    rows = [{"prompt": "a"}] * len(ROWS)
+    texts = ["a" * i for i in range(len(ROWS))]
+    lengths = torch.arange(float(len(ROWS)))
+    functions = {"ones": ones, "num_letters": num_letters}
+    args = ppo_rlhf.Args(reward_weights=(10.0, 0.5, -2.0))
+    scores, parts = score_responses(batch, rows, texts, functions, reward_model, args)
+    by_model = reward_model_scores(batch, reward_model, args)
+    assert list(parts) == ["ones", "num_letters", "reward_model"]
+    assert torch.equal(parts["num_letters"], lengths)
+    torch.testing.assert_close(scores, 10 + 0.5 * lengths - 2 * by_model)
+    scores, _ = score_responses(batch, rows, texts, functions, None, ppo_rlhf.Args())
+    torch.testing.assert_close(scores, 1 + lengths)
+
+
+def test_evaluation_metrics_are_their_definitions():
+    """Means over all responses, and intervals from the means of prompts."""
+    scores = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    lengths = torch.tensor([[2, 4, 2, 4], [3, 3, 3, 3], [5, 5, 5, 5]], dtype=torch.float64)
+    metrics = ppo_rlhf.evaluation_metrics(scores, lengths)
+    assert metrics["eval/score"] == metrics["eval/pass@1"] == pytest.approx(5 / 12)
+    assert metrics["eval/pass@4"] == pytest.approx(2 / 3)
+    assert metrics["eval/length"] == pytest.approx(11 / 3)
+    standard_error = torch.tensor([0.25, 1, 0]).std().item() / math.sqrt(3)
+    assert metrics["eval/score_ci95"] == pytest.approx(1.96 * standard_error)
+    # Scores other than 0 and 1 are not passed or failed; one prompt has no spread.
+    metrics = ppo_rlhf.evaluation_metrics(scores[:1] / 2, lengths[:1])
+    assert metrics.keys() == {f"eval/{n}{c}" for n in ("score", "length") for c in ("", "_ci95")}
+    assert metrics["eval/score_ci95"] == 0
 
 
 # --------------------------------------------------------------------------------------------------

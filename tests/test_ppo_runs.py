@@ -103,7 +103,7 @@ def settings(tmp_path_factory, gpt2_folder):
     def make(output_dir, reward="share_of_a", updates=1, **changes):
         flags = {
             "model": gpt2_folder,
-            "reward_fn": f"{rewards}:{reward}" if reward else None,
+            "reward_fn": (f"{rewards}:{reward}",) if reward else (),
             "dataset": dataset,
             "output_dir": str(output_dir),
             "batch_size": 16,
@@ -282,7 +282,7 @@ def long_flags(settings):
             "save_every": 1,
             "target_kl_nats": 0.5,
             "kl_horizon": 100,
-            "monitor_fn": f"{settings.rewards}:letters",
+            "monitor_fn": (f"{settings.rewards}:letters",),
         }
         return settings(output_dir, updates=3, **options, **changes)
 
@@ -298,7 +298,7 @@ def test_metrics_are_the_documented_ones(finished):
     metrics = lines(finished)
     assert [line["step"] for line in metrics] == [1, 2, 3]
     for line in metrics:
-        assert line.keys() == KEYS | {"step", "monitor/letters"}
+        assert line.keys() == KEYS | {"step", "monitor/letters", "score/share_of_a"}
         assert all(math.isfinite(value) for value in line.values())
         steps = [line[f"optim/{name}"] for name in ("steps", "skipped", "early_stops")]
         assert steps == [4, 0, 0]
@@ -619,16 +619,17 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
     flags["dataset"] = write_jsonl(tmp_path / "rows.jsonl", rows)
     folder = run(settings(tmp_path / "run", None, **flags))
 
-    # First the reward model scores the responses, then policy, critic and reference the tokens.
-    judged = [part for part in parts if len(part["forwards"]) == 1]
-    scored = [part for part in parts if part["is_scoring"] and len(part["forwards"]) > 1]
+    # First the reward model scores the responses, then policy and critic the tokens, then the
+    # reference.
+    scoring = [part for part in parts if part["is_scoring"]]
+    judged, scored, referred = scoring[:8], scoring[8:16], scoring[16:]
     trained = [part for part in parts if not part["is_scoring"]]
     minibatches = [trained[i : i + 4] for i in range(0, len(trained), 4)]
-    assert (len(judged), len(scored), len(minibatches)) == (8, 8, 6)
-    for group in (judged, scored, *minibatches):
+    assert (len(referred), len(minibatches)) == (8, 6)
+    for group in (judged, scored, referred, *minibatches):
         for first, second in itertools.pairwise(group):
             assert first["lengths"].max() <= second["lengths"].min()
-    for group, num_forwards in ((judged, 1), (scored, 3), (trained, 2)):
+    for group, num_forwards in ((judged, 1), (scored, 2), (referred, 1), (trained, 2)):
         for part in group:
             assert part["forwards"] == [part["lengths"].max()] * num_forwards
 
@@ -643,12 +644,40 @@ def test_scoring_and_update_compute_little_padding(settings, tmp_path, monkeypat
     assert 32 * scored[-1]["lengths"].max() > 2 * sum(part["lengths"].sum() for part in scored)
 
 
+def test_evaluation_on_held_out_prompts(settings, tmp_path, on_two_ranks):
+    """Before the first update, every other, and after the last; the best model is kept.
+
+    Five prompts with three responses each fill no batch of 16, and two ranks give the same numbers.
+    """
+    rows = [{"prompt": prompt, "bonus": 0.0} for prompt in ("a", "bc", "def", "ab", "c")]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    flags = {"eval_dataset": held_out, "eval_every": 2, "eval_samples": 3, "save_best": True}
+    folder = run(settings(tmp_path / "one", updates=3, lr=0.05, save_every=1, **flags))
+    evaluated = {line["step"]: line for line in lines(folder) if "eval/score" in line}
+    assert list(evaluated) == [0, 2, 3]
+    names = {"eval/score", "eval/score_ci95", "eval/length", "eval/length_ci95"}
+    assert evaluated[0].keys() == names | {"step"}
+    best = max(evaluated, key=lambda step: evaluated[step]["eval/score"])
+    assert best > 0
+    # What is kept is the policy that was evaluated.
+    kept = torch.load(folder / "checkpoints" / f"step_{best:06d}.pt", weights_only=True)["model"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, kept[f"actor.model.{name}"])
+
+    two = settings(tmp_path / "two", updates=3, lr=0.05, save_every=1, **flags)
+    assert on_two_ranks(run_on_rank, two) == [None, None]
+    for one_line, other in zip(lines(folder), lines(tmp_path / "two"), strict=True):
+        for name in names & other.keys():
+            assert other[name] == pytest.approx(one_line[name], abs=1e-6), name
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_metrics_on_one_and_two_ranks(settings, tmp_path, on_two_ranks, request, kind):
     """Every metric of a line is the same claim, however the work is cut."""
     flags = {
         "model": request.getfixturevalue(f"{kind}_folder"),
-        "monitor_fn": f"{settings.rewards}:letters",
+        "monitor_fn": (f"{settings.rewards}:letters",),
         "missing_eos_score": -1.0,
     }
     [whole] = timeless(run(settings(tmp_path / "whole", **flags)))
@@ -960,10 +989,15 @@ def refused(capsys):
         ({"num_minibatches": 3}, ["--batch_size", "--num_minibatches", "16", "3"]),
         ({"batch_size": 0, "total_episodes": 16}, ["--batch_size"]),
         ({"total_episodes": 0}, ["--total_episodes"]),
-        ({"reward_fn": "nowhere.py:f"}, ["--reward_fn", "nowhere.py"]),
-        ({"monitor_fn": "nowhere.py:f"}, ["--monitor_fn", "nowhere.py"]),
-        ({"reward_fn": "share_of_a"}, ["--reward_fn", "file.py:function"]),
-        ({"reward_model": "somewhere"}, ["--reward_model", "--reward_fn"]),
+        ({"reward_fn": ("nowhere.py:f",)}, ["--reward_fn", "nowhere.py"]),
+        ({"monitor_fn": ("nowhere.py:f",)}, ["--monitor_fn", "nowhere.py"]),
+        ({"reward_fn": ("share_of_a",)}, ["--reward_fn", "file.py:function"]),
+        ({"reward_model": "somewhere"}, ["somewhere"]),
+        ({"reward_weights": (1.0, 2.0)}, ["--reward_weights", "2 for 1"]),
+        ({"reward_weights": (math.inf,)}, ["--reward_weights", "finite"]),
+        ({"save_best": True}, ["--save_best", "--eval_dataset"]),
+        ({"eval_dataset": "nowhere/e.jsonl"}, ["nowhere/e.jsonl"]),
+        ({"eval_samples": 0}, ["--eval_samples"]),
         # No response could end, so that every score would be -1.
         ({"min_length": 16, "missing_eos_score": -1.0}, ["--min_length", "--response_length"]),
         # A coefficient of 0 stays 0, whatever multiplies it.
@@ -1112,6 +1146,8 @@ def command_line(flags):
     for name, value in flags.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
         else:
             words += [f"--{name}", str(value)]
     return words

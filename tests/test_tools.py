@@ -645,7 +645,7 @@ def test_a_run_of_the_reward_model_is_measured_on_pairs(world, tmp_path, capfd):
 def test_a_run_of_ppo_is_evaluated_as_it_was_trained(world, tmp_path, capsys):
     flags = {
         "model": world["policy"],
-        "reward_fn": world["count_a"],
+        "reward_fn": (world["count_a"],),
         "dataset": world["prompts"],
         "query_length": 7,
         "response_length": 5,

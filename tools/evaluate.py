@@ -664,9 +664,12 @@ def from_run(folder):
     taken = {"run": folder, "model": f"{folder}/model", "precision": saved["precision"]}
     # A config alone is no reference: its random weights would be others.
     taken["ref_model"] = None if has_no_weights(saved["model"]) else saved["model"]
-    for name in ("reward_model", "reward_fn"):
-        if saved.get(name):
-            taken[f"{name}s"] = (saved[name],)
+    if saved.get("reward_model"):
+        taken["reward_models"] = (saved["reward_model"],)
+    if saved.get("reward_fn"):
+        # A tuple of functions in PPO, and one function in ILQL.
+        functions = saved["reward_fn"]
+        taken["reward_fns"] = (functions,) if isinstance(functions, str) else tuple(functions)
     if script == "sft.py":
         taken["dataset"] = prompts_beside(saved["dataset"])
     elif script == "ilql_rlhf.py":

@@ -74,7 +74,7 @@ def main(args, flags):
     if args.num_updates < 10:
         raise UserError(f"--num_updates {args.num_updates}: must be at least 10")
     defaults = ppo_rlhf.Args(
-        model="data/randomwalks/model", reward_fn="tasks/randomwalks.py:reward", batch_size=32
+        model="data/randomwalks/model", reward_fn=("tasks/randomwalks.py:reward",), batch_size=32
     )
     ppo_args = tyro.cli(ppo_rlhf.Args, args=flags, default=defaults, use_underscores=True)
     ppo_args.total_episodes = args.num_updates * ppo_args.batch_size
