@@ -164,6 +164,9 @@ PARTS = {
     "micro_batch_loss",
     "evaluate",
     "next_prompts",
+    "accumulate_gradients",
+    "rollout_metrics",
+    "sample_columns",
 }
 
 
