@@ -54,9 +54,10 @@ Advantages
     - --advantage grpo divides by the standard deviation of the group, the biased one, plus 1e-4;
       dr_grpo does not divide; rloo compares each response with the mean of the others, which is
       dr_grpo times G / (G - 1) for groups of G.
-    - Advantages of a group sum to 0, so before the first step of an update the loss is 0, whatever
-      there is to learn. A group whose scores are all equal has the advantages 0 and teaches
-      nothing. --refill_flat_groups samples such groups anew, with the next prompts.
+    - Advantages of a group sum to 0. So with --loss_norm sequence the loss of a batch is 0 before
+      its first step, however much there is to learn: watch the score, not the loss.
+    - A group whose scores are all equal has the advantages 0 and teaches nothing. With
+      --refill_flat_groups such groups are sampled anew, with other prompts.
 KL
     - With --kl_in loss the k3 estimate of each token's KL to the reference is added to its loss.
       With --kl_in reward the k1 estimate, summed over the response, is subtracted from its score
@@ -91,9 +92,6 @@ What the algorithm needs from utils.py:
     pack_rows               moves the real tokens of each row to the left
     micro_batch_rows        sorts rows by length, takes rank r's share (of n ranks r, r + n, r + 2n
                             and so on), and cuts it into micro-batches
-
-To change it: another advantage is another `group_advantages`, and another loss another `grpo_loss`;
-the latter must keep the statistics val/ratio and policy/approxkl_avg, which `optimize` reads.
 """
 
 import copy
@@ -708,7 +706,8 @@ def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
 def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
     """num_epochs passes over the batch of all ranks, in num_minibatches optimizer steps each.
 
-    batch: this rank's rows. Returns the metrics of the steps taken, and how many were taken and
+    batch: this rank's rows. Among the parts that loss_fn returns are val/ratio and
+    policy/approxkl_avg. Returns the metrics of the steps taken, and how many were taken and
     skipped. Raises UserError if all were skipped.
     """
     full_batch = {name: utils.all_gather(x) for name, x in batch.items()}
@@ -979,14 +978,15 @@ def main(args):
     utils.check_divides(group_rows, args.batch_size, "--batch_size by ranks * --num_generations")
     torch.manual_seed(args.seed)
     num_positions = P + args.response_length
-    policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
+    policy, reference_policy, reward_model = load_models(args, tokenizer, num_positions, device)
     allowed = utils.allowed_ids(tokenizer, policy.config.vocab_size, device)
     sampler, sampling = make_sampler(args, tokenizer, policy, P, allowed)
 
     logprobs_fn = make_logprobs_fn(args, allowed)
     model = Actor(policy, logprobs_fn)
-    if reference is not None:
-        reference = Actor(reference, logprobs_fn)
+    reference = None
+    if reference_policy is not None:
+        reference = Actor(reference_policy, logprobs_fn)
     if args.compile:
         utils.compile_layers(model, reference, reward_model)
     utils.broadcast_weights(model)

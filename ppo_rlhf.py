@@ -6,13 +6,13 @@ instructions with human feedback"; Schulman et al. 2017, "Proximal policy optimi
 Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
 
 Each update:
-    1. rollout      sample a response to each prompt from the policy
+    1. rollout      sample responses to the prompts from the policy
     2. score        the reward model gives each response a score; each response token gets a
-                    log-probability under the policy and under the frozen reference, and the critic
-                    gives the value of the state before it
+                    log-probability under the policy and under the frozen reference
     3. advantages   token t is rewarded with -kl_coef * (logprob - ref_logprob), and the last token
-                    with the score as well; GAE(gamma, lam) turns rewards and values into advantages
-                    and returns; then the advantages are whitened
+                    with the score as well; GAE(gamma, lam) turns these rewards, and the critic's
+                    value of each state, into advantages and returns; then the advantages are
+                    whitened
     4. update       clipped policy loss + vf_coef * clipped value loss - entropy_coef * entropy, in
                     num_epochs passes over the batch, of num_minibatches optimizer steps each
 
@@ -25,7 +25,7 @@ T = P + R; V vocabulary; d hidden width. A micro-batch is cut: its R is its long
 its T its longest row.
 
 Time. Index t of a (B,R) tensor is response token t. logprobs[:, t] is that token's log-probability,
-rewards[:, t] is paid for it, and values[:, t] is the value of the state just before it.
+and rewards[:, t] is paid for it.
 
 Layout. Prompts are padded on the left for `generate` alone. After that, each row is packed to the
 left: prompt, response, padding. Causal attention never looks ahead, so no real token sees the
@@ -58,6 +58,7 @@ Rewards and advantages
       nothing is bootstrapped.
     - Advantages are whitened over the real tokens of the whole batch, on all ranks.
 Critic
+    - values[:, t] is the value of the state just before response token t.
     - The critic is a network of its own. It starts as a copy of the reward model, or, with
       --reward_fn, as a copy of the policy with a head of zeros.
     - With --value_trunk shared it is a head of zeros on the policy's own network, which is then
@@ -91,11 +92,6 @@ What the algorithm needs from utils.py:
     pack_rows               moves the real tokens of each row to the left
     micro_batch_rows        sorts rows by length, takes rank r's share (of n ranks r, r + n, r + 2n
                             and so on), and cuts it into micro-batches
-
-To change it: another advantage estimator is another `ppo_targets`, and another loss another
-`ppo_loss`; the latter must keep the statistics val/ratio and policy/approxkl_avg, which `optimize`
-reads. Several responses to a prompt are a matter of `next_prompts`. Without a critic, `ActorCritic`
-and `load_critic` go, and the model to train is the `Actor` of the policy.
 """
 
 import copy
@@ -327,8 +323,20 @@ def value_loss(new_values, values, returns, cliprange_value):
     return loss, clipped_loss > unclipped_loss
 
 
+def explained_variance(batch):
+    """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
+    mask = batch["mask"]
+    returns = batch["returns"]
+    errors = returns - batch["values"]
+    error_variance = utils.masked_mean((errors - utils.masked_mean(errors, mask)) ** 2, mask)
+    variance = utils.masked_mean((returns - utils.masked_mean(returns, mask)) ** 2, mask)
+    if variance < 1e-8:
+        return 0.0
+    return (1 - error_variance / variance).item()
+
+
 def ppo_targets(batch, kl_coef, args):
-    """rewards, advantages and returns, each (B,R), of this rank's rows.
+    """advantages and returns, each (B,R), of this rank's rows.
 
     batch has scores (B,), and logprobs, ref_logprobs, values and mask (B,R). The returns, which the
     value loss aims at, are those of the rewards before whitening of the advantages.
@@ -340,26 +348,21 @@ def ppo_targets(batch, kl_coef, args):
     if args.whiten_rewards:
         rewards = utils.whiten(rewards, mask, shift_mean=False)
     advantages, returns = compute_gae(rewards, batch["values"], mask, args.gamma, args.lam)
-    return {"rewards": rewards, "advantages": utils.whiten(advantages, mask), "returns": returns}
+    return {"advantages": utils.whiten(advantages, mask), "returns": returns}
 
 
 def ppo_loss(new, batch, args):
     """The loss summed over real tokens, 0-d, and its parts (B,R) by the names that are logged.
 
-    new: logprobs, entropy and values (B,R) of the current parameters. batch: the same rows of the
-    rollout, with the logprobs and values that the update started from, and the targets.
+    new: what the model says of these rows with its current parameters. batch: the rows themselves,
+    with what it said before the update, and the targets.
     """
     mask = batch["mask"]
     pg_loss, ratio, pg_clipped = policy_loss(
         new["logprobs"], batch["logprobs"], batch["advantages"], args.cliprange, args.cliprange_high
     )
-    vf_loss, vf_clipped = value_loss(
-        new["values"], batch["values"], batch["returns"], args.cliprange_value
-    )
-    loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * new["entropy"]
+    loss = pg_loss - args.entropy_coef * new["entropy"]
     stats = {
-        "loss/value_avg": vf_loss,
-        "val/clipfrac_avg": vf_clipped,
         "loss/policy_avg": pg_loss,
         "policy/clipfrac_avg": pg_clipped,
         "policy/entropy_avg": new["entropy"],
@@ -367,6 +370,11 @@ def ppo_loss(new, batch, args):
         "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
         "val/ratio": ratio,
     }
+    vf_loss, vf_clipped = value_loss(
+        new["values"], batch["values"], batch["returns"], args.cliprange_value
+    )
+    loss = loss + args.vf_coef * vf_loss
+    stats |= {"loss/value_avg": vf_loss, "val/clipfrac_avg": vf_clipped}
     return torch.where(mask, loss, 0.0).sum(), stats
 
 
@@ -494,6 +502,27 @@ class ActorCritic(torch.nn.Module):
         return output
 
 
+def load_critic(args, tokenizer, policy):
+    """The critic: a copy of the reward model, or without one of the policy with a head of zeros.
+
+    With --value_trunk shared it is a head of zeros on the policy's own network.
+    """
+    kind = AutoModelForSequenceClassification
+    starts_as_reward_model = args.reward_model and args.value_trunk == "separate"
+    path = args.reward_model if starts_as_reward_model else args.model
+    # A language model has no score.weight: that may be missing, and is set here.
+    critic, _ = utils.load_pretrained(kind, path, ["score.weight"], num_labels=1)
+    utils.fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
+    if not starts_as_reward_model:
+        torch.nn.init.zeros_(critic.score.weight)
+        # If --model is only a config, each load draws random weights of its own: take the policy's.
+        critic.base_model.load_state_dict(policy.base_model.state_dict())
+    if args.value_trunk == "shared":
+        # The critic's own network goes; the policy's is put in its place.
+        setattr(critic, critic.base_model_prefix, policy.base_model)
+    return critic.to(policy.device)
+
+
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -585,7 +614,7 @@ def generate(
 
 
 def next_prompts(prompts, update, args, ranks):
-    """This rank's prompts of an update: token ids, rows, and the uniforms (B,R) to sample with.
+    """The prompts of this rank's rows: token ids, rows, and the uniforms (B,R) to sample with.
 
     They are cut out of those of all ranks, which depend on the seed and the update alone.
     """
@@ -748,7 +777,8 @@ def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
 def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
     """num_epochs passes over the batch of all ranks, in num_minibatches optimizer steps each.
 
-    batch: this rank's rows. Returns the metrics of the steps taken, and how many were taken and
+    batch: this rank's rows. Among the parts that loss_fn returns are val/ratio and
+    policy/approxkl_avg. Returns the metrics of the steps taken, and how many were taken and
     skipped. Raises UserError if all were skipped.
     """
     full_batch = {name: utils.all_gather(x) for name, x in batch.items()}
@@ -836,18 +866,6 @@ def evaluation_metrics(scores, lengths):
         metrics[f"eval/{name}"] = x.mean().item()
         metrics[f"eval/{name}_ci95"] = 1.96 * standard_error.item()
     return metrics
-
-
-def explained_variance(batch):
-    """1 - Var(returns - values) / Var(returns) over all real tokens; 0 if returns are equal."""
-    mask = batch["mask"]
-    returns = batch["returns"]
-    errors = returns - batch["values"]
-    error_variance = utils.masked_mean((errors - utils.masked_mean(errors, mask)) ** 2, mask)
-    variance = utils.masked_mean((returns - utils.masked_mean(returns, mask)) ** 2, mask)
-    if variance < 1e-8:
-        return 0.0
-    return (1 - error_variance / variance).item()
 
 
 def rollout_metrics(batch, kl_coef, extra):
@@ -983,27 +1001,6 @@ def load_models(args, tokenizer, num_positions, device):
     return policy, reference, reward_model.requires_grad_(False).to(device)
 
 
-def load_critic(args, tokenizer, policy):
-    """The critic: a copy of the reward model, or without one of the policy with a head of zeros.
-
-    With --value_trunk shared it is a head of zeros on the policy's own network.
-    """
-    kind = AutoModelForSequenceClassification
-    starts_as_reward_model = args.reward_model and args.value_trunk == "separate"
-    path = args.reward_model if starts_as_reward_model else args.model
-    # A language model has no score.weight: that may be missing, and is set here.
-    critic, _ = utils.load_pretrained(kind, path, ["score.weight"], num_labels=1)
-    utils.fit_to_tokenizer(critic, tokenizer, policy.config.eos_token_id)
-    if not starts_as_reward_model:
-        torch.nn.init.zeros_(critic.score.weight)
-        # If --model is only a config, each load draws random weights of its own: take the policy's.
-        critic.base_model.load_state_dict(policy.base_model.state_dict())
-    if args.value_trunk == "shared":
-        # The critic's own network goes; the policy's is put in its place.
-        setattr(critic, critic.base_model_prefix, policy.base_model)
-    return critic.to(policy.device)
-
-
 def make_logprobs_fn(args, allowed):
     """`token_logprobs` with the temperature and the allowed ids, compiled under --compile."""
     logprobs_fn = token_logprobs
@@ -1055,12 +1052,12 @@ def main(args):
     utils.check_divides(num_shares, args.batch_size, "--batch_size by ranks * --num_minibatches")
     torch.manual_seed(args.seed)
     num_positions = P + args.response_length
-    policy, reference, reward_model = load_models(args, tokenizer, num_positions, device)
+    policy, reference_policy, reward_model = load_models(args, tokenizer, num_positions, device)
     allowed = utils.allowed_ids(tokenizer, policy.config.vocab_size, device)
     sampler, sampling = make_sampler(args, tokenizer, policy, P, allowed)
 
     logprobs_fn = make_logprobs_fn(args, allowed)
-    reference = Actor(reference, logprobs_fn)
+    reference = Actor(reference_policy, logprobs_fn)
     actor = Actor(policy, logprobs_fn)
     model = ActorCritic(actor, load_critic(args, tokenizer, policy))
     if args.compile:
@@ -1084,7 +1081,7 @@ def main(args):
     done = run.load_checkpoint(state) if args.resume else 0
     num_updates = args.total_episodes // args.batch_size
     shown = ["objective/scores", "objective/kl", "val/sequence_lengths", "val/has_eos"]
-    shown += ["policy/clipfrac_avg", "val/explained_var", "optim/skipped", "eval/score"]
+    shown += ["policy/clipfrac_avg", "optim/skipped", "eval/score"]
     shown += [f"monitor/{name}" for name in monitor_fns]
     scorers = reward_fns, reward_model
     if done == 0 and eval_prompts:
@@ -1093,7 +1090,7 @@ def main(args):
         run.log(0, metrics, shown)
 
     for update in utils.progress(done, num_updates, ranks, run.script):
-        # 1. Rollout: sample a response to each prompt.
+        # 1. Rollout: sample responses to the prompts.
         watch = utils.Stopwatch(device)
         utils.copy_weights(policy, sampler)
         prompt_ids, rows, uniforms = next_prompts(prompts, update, args, ranks)

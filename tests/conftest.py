@@ -385,6 +385,7 @@ def script_options(tmp_path, gpt2_folder, gpt2_rm_folder, llama_rm_folder):
         "num_steps": 3,
         "num_epochs": 2,
         "num_minibatches": 2,
+        "num_generations": 4,
         "total_episodes": 8,
         "response_length": 9,
         "eval_samples": 8,

@@ -105,8 +105,8 @@ BUGS = [
         "temperature missing in the reference",
         "the KL is not 0 between equal models",
         tests=["test_logged_statistics_are_those_of_the_real_tokens"],
-        old="reference = Actor(reference, logprobs_fn)",
-        new="reference = Actor(reference, functools.partial(logprobs_fn, temperature=1.0))",
+        old="reference = Actor(reference_policy, logprobs_fn)",
+        new="reference = Actor(reference_policy, functools.partial(logprobs_fn, temperature=1.0))",
         matters=True,
     ),
     Bug(
