@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 START = ":"
 ANSWER = "="
@@ -160,16 +160,19 @@ def build_tokenizer(base):
 
 
 def build_config(tokenizer):
-    """A Llama of 2 layers and width 128, with 529,024 parameters at base 4."""
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    """A GPT-2 of 2 layers and width 128."""
+    return GPT2Config(
+        architectures=["GPT2LMHeadModel"],
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+        n_positions=256,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        summary_first_dropout=0.0,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
