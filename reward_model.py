@@ -43,6 +43,7 @@ Rows
       is ignored.
     - A pair with a side of more than --max_length tokens is left out, never cut. The number of such
       pairs is printed.
+    - A pair whose sides have the same tokens is left out, and the number of such pairs printed.
     - The column `margin`, in units of the score, is subtracted inside the loss. The metric rm/loss
       includes it; rm/accuracy and rm/margin, which is chosen - rejected, do not. A tie counts as
       half in the accuracy.
@@ -178,7 +179,7 @@ def last_token_scores(model, input_ids, attention_mask):
 
 
 def load_comparisons(path, tokenizer, args, max_rows=None):
-    """[{"chosen", "rejected", "margin"}] of the rows that fit.
+    """[{"chosen", "rejected", "margin"}] of the rows that fit and whose sides differ.
 
     chosen and rejected are sides: the token ids of a prompt, and of a response with EOS at its end.
     """
@@ -194,6 +195,7 @@ def load_comparisons(path, tokenizer, args, max_rows=None):
 
     rows = utils.load_rows(path, [("chosen", "rejected")], max_rows)
     pairs = utils.encode_rows(path, rows, encode)
+    pairs = utils.leave_out_equal(path, pairs)
     return utils.leave_out_long(path, pairs, pair_length, args.max_length)
 
 

@@ -488,6 +488,25 @@ def leave_out_long(path, rows, length_of, max_length, flag="--max_length"):
     return kept
 
 
+def leave_out_equal(path, pairs):
+    """The pairs whose chosen and rejected sides have different tokens; prints how many have not.
+
+    There is nothing to learn from a pair of equal sides. Raises UserError if no pair is left.
+    """
+
+    def tokens(side):
+        prompt_ids, response_ids = side
+        return prompt_ids + response_ids
+
+    kept = [pair for pair in pairs if tokens(pair["chosen"]) != tokens(pair["rejected"])]
+    if len(kept) < len(pairs):
+        left_out = f"left out {len(pairs) - len(kept)} of {len(pairs)} rows"
+        print(f"{path}: {left_out} whose chosen and rejected have the same tokens")
+    if not kept:
+        raise UserError(f"{path}: no row is left: chosen and rejected have the same tokens in all")
+    return kept
+
+
 def load_prompts(path, tokenizer, max_length, flag):
     """[(token ids, row)] of the rows whose prompt has at most max_length tokens.
 

@@ -285,7 +285,7 @@ def test_the_margin_column_is_read_unless_told_otherwise(tokenizer, encode):
 
 @pytest.mark.fast
 def test_pairs_with_a_long_side_are_left_out_and_counted(tokenizer, encode, capsys):
-    short = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
     rows = [short, {**short, "rejected": "bcd"}, {**short, "chosen": "bcd"}]
     assert len(encode(rows, tokenizer, max_length=4)) == 1
     assert "encoded.jsonl: left out 2 of 3 rows" in capsys.readouterr().out

@@ -655,7 +655,8 @@ def from_run(folder):
     saved = record["args"]
     sampling = ("query_length", "response_length", "min_length", "stop_token", "temperature")
     samples_as_ppo = set(sampling) <= saved.keys()
-    if script not in ("sft.py", "reward_model.py", "ilql_rlhf.py") and not samples_as_ppo:
+    others = ("sft.py", "reward_model.py", "dpo.py", "ilql_rlhf.py")
+    if script not in others and not samples_as_ppo:
         reason = f"a run of {script}, which does not sample as ppo_rlhf.py does"
         raise UserError(f"--run {folder}: {reason}; give --model and --ref_model instead")
     if script == "reward_model.py":
@@ -670,7 +671,7 @@ def from_run(folder):
         # A tuple of functions in PPO, and one function in ILQL.
         functions = saved["reward_fn"]
         taken["reward_fns"] = (functions,) if isinstance(functions, str) else tuple(functions)
-    if script == "sft.py":
+    if script in ("sft.py", "dpo.py"):
         taken["dataset"] = prompts_beside(saved["dataset"])
     elif script == "ilql_rlhf.py":
         taken["dataset"] = saved["eval_dataset"] or prompts_beside(saved["dataset"])
