@@ -512,9 +512,9 @@ def next_prompts(prompts, update, args, ranks):
     """
     B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    num_groups = args.batch_size // args.num_generations
-    first = (update - 1) * num_groups
-    order = utils.prompt_order(len(prompts), first, num_groups, args.seed)
+    num_prompts = args.batch_size // args.num_generations
+    first = (update - 1) * num_prompts
+    order = utils.prompt_order(len(prompts), first, num_prompts, args.seed)
     order = [i for i in order for _ in range(args.num_generations)]
     generator = utils.seeded(args.seed, "uniforms", update)
     uniforms = torch.rand(args.batch_size, args.response_length, generator=generator)

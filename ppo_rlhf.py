@@ -264,7 +264,8 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of each token, (B,R): a KL penalty at every token, and the score (B,) at the last.
 
     The penalty -kl_coef * (logprob - ref_logprob) is the k1 estimate of the KL to the reference,
-    which is unbiased (Ziegler et al. 2019, equation 2).
+    which is unbiased (Ziegler et al. 2019, equation 2). Rewards are 0 outside the mask, so the sum
+    of a row is its score minus kl_coef times its KL.
     """
     log_ratio = torch.where(mask, logprobs - ref_logprobs, 0.0)
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
@@ -370,6 +371,7 @@ def ppo_loss(new, batch, args):
         "policy/approxkl_avg": 0.5 * (new["logprobs"] - batch["logprobs"]) ** 2,
         "val/ratio": ratio,
     }
+    # The critic's part.
     vf_loss, vf_clipped = value_loss(
         new["values"], batch["values"], batch["returns"], args.cliprange_value
     )
@@ -620,8 +622,9 @@ def next_prompts(prompts, update, args, ranks):
     """
     B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    first = (update - 1) * args.batch_size
-    order = utils.prompt_order(len(prompts), first, args.batch_size, args.seed)
+    num_prompts = args.batch_size
+    first = (update - 1) * num_prompts
+    order = utils.prompt_order(len(prompts), first, num_prompts, args.seed)
     generator = utils.seeded(args.seed, "uniforms", update)
     uniforms = torch.rand(args.batch_size, args.response_length, generator=generator)
     chosen = [prompts[i] for i in order[mine]]

@@ -793,7 +793,7 @@ def micro_batch_rows(rows, lengths, size, ranks=None):
 
 
 def prompt_order(num_prompts, first, count, seed):
-    """Numbers of the prompts of episodes first .. first + count - 1.
+    """Which prompts come first-th, (first + 1)-th and so on in a run: `count` row numbers.
 
     Pass after pass over the prompts, each in an order of its own; the seed alone decides.
     """

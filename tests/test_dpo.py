@@ -222,7 +222,7 @@ def expected_gradients(model, pairs, kind, args, reference=None):
 
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_mean_over_pairs(kind, live, options, tokenizer):
+def test_the_gradient_is_that_of_the_mean_over_pairs_of_sides(kind, live, options, tokenizer):
     """In the second step too, where policy and reference differ, and with either reference."""
     if live and kind not in dpo.NEEDS_REFERENCE:
         pytest.skip("it has no reference")

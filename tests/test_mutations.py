@@ -1,4 +1,4 @@
-"""Bugs planted one at a time in a copy of ppo_rlhf.py or utils.py: tests must see each of them.
+"""Bugs planted one at a time in a copy of a script or of utils.py: tests must see each of them.
 
 Most of them are bugs that real implementations had. A bug counts as seen only if every test that is
 named with it fails by an assertion of the test's own, not by an exception that any change might
@@ -23,8 +23,10 @@ import torch
 from conftest import PRELOAD
 
 TESTS = Path(__file__).resolve().parent
-SOURCES = {name: (TESTS.parent / name).read_text() for name in ("ppo_rlhf.py", "utils.py")}
-FILES = [TESTS / f"test_{part}.py" for part in ("ppo_rlhf", "ppo_runs", "ppo_options", "utils")]
+SCRIPTS = ("utils", "ppo_rlhf", "grpo_rlhf", "dpo")
+SOURCES = {f"{name}.py": (TESTS.parent / f"{name}.py").read_text() for name in SCRIPTS}
+PARTS = ("ppo_rlhf", "ppo_runs", "ppo_options", "utils", "grpo_rlhf", "dpo")
+FILES = [TESTS / f"test_{part}.py" for part in PARTS]
 
 
 @dataclass(frozen=True)
@@ -895,6 +897,379 @@ BUGS = [
         new='.glob("step_*.pt*")',
         file="utils.py",
     ),
+    # ---- GRPO
+    Bug(
+        "groups across the batch",
+        "rows of a group are consecutive; a view the other way mixes prompts",
+        tests=["test_advantages_are_their_definition"],
+        old="    groups = scores.view(-1, num_generations)\n    # A mean",
+        new="    groups = scores.view(num_generations, -1).T\n    # A mean",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "a standard deviation of Bessel's",
+        "TRL's: the advantages of small groups are a few percent smaller",
+        tests=["test_advantages_are_their_definition[grpo]"],
+        old="groups.std(1, correction=0, keepdim=True)",
+        new="groups.std(1, correction=1, keepdim=True)",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "one standard deviation for the batch",
+        "REINFORCE++ does so on purpose; it is another estimator",
+        tests=["test_advantages_are_their_definition[grpo]"],
+        old="groups.std(1, correction=0, keepdim=True)",
+        new="groups.std(correction=0)",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "nothing added to the standard deviation",
+        "scores that hardly differ get huge advantages",
+        tests=["test_advantages_are_their_definition[grpo]"],
+        old="keepdim=True) + 1e-4)",
+        new="keepdim=True) + 1e-8)",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "rloo keeps its own score in the mean",
+        "the baseline then depends on the action",
+        tests=[
+            "test_advantages_are_their_definition[rloo]",
+            "test_rloo_is_the_difference_to_the_mean_times_g_over_g_minus_1",
+        ],
+        old="centred = centred * num_generations / (num_generations - 1)",
+        new="pass",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "flat groups by rounding",
+        "the rest of a mean divided by 1e-4 is a gradient",
+        tests=["test_equal_scores_have_advantages_of_exactly_0"],
+        old="centred = torch.where(is_flat[:, None], 0.0, centred)",
+        new="pass",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "a group with two equal scores is flat",
+        "most groups teach nothing",
+        tests=["test_equal_scores_have_advantages_of_exactly_0"],
+        old="(groups == groups[:, :1]).all(1)",
+        new="(groups == groups[:, :1]).any(1)",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "k3 with its arguments swapped",
+        "it estimates nothing under samples of the policy",
+        tests=["test_k3_is_never_negative_and_its_mean_is_the_kl"],
+        old="log_ratio = ref_logprobs - logprobs",
+        new="log_ratio = logprobs - ref_logprobs",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "k3 without its log",
+        "the gradient is that of another divergence",
+        tests=["test_k3_is_never_negative_and_its_mean_is_the_kl"],
+        old="return torch.exp(log_ratio) - 1 - log_ratio",
+        new="return torch.exp(log_ratio) - 1",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "a bonus for the KL",
+        "the policy runs away from the reference",
+        tests=["test_the_loss_is_its_definition"],
+        old="loss = loss + args.kl_coef * kl",
+        new="loss = loss - args.kl_coef * kl",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "KL without gradient",
+        "a price that nobody pays",
+        tests=["test_the_gradient_is_that_of_finite_differences"],
+        old="kl = k3(new_logprobs, ",
+        new="kl = k3(new_logprobs.detach(), ",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "KL of the reward per token",
+        "the price falls with the length",
+        tests=["test_targets_subtract_the_kl_of_a_response_before_groups_are_compared"],
+        old='(batch["logprobs"] - batch["ref_logprobs"]).sum(1)',
+        new='(batch["logprobs"] - batch["ref_logprobs"]).mean(1)',
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "prompts repeated in turn",
+        "responses to different prompts are compared",
+        tests=["test_the_rows_of_a_group_are_consecutive_and_on_one_rank"],
+        old="order = [i for i in order for _ in range(args.num_generations)]",
+        new="order = order * args.num_generations",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "prompts counted as responses",
+        "7 of 8 prompts of a pass are never used",
+        tests=["test_the_rows_of_a_group_are_consecutive_and_on_one_rank"],
+        old="first = (update - 1) * num_prompts",
+        new="first = (update - 1) * args.batch_size",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "length norm over the padding",
+        "the weight of a response depends on its neighbours",
+        tests=["test_the_loss_is_its_definition"],
+        old="loss = loss / mask.sum(1, keepdim=True).clamp(min=1)",
+        new="loss = loss / mask.shape[1]",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "constant norm over the longest response",
+        "Dr. GRPO's constant must not depend on the batch",
+        tests=["test_the_loss_is_its_definition", "test_parts_of_a_minibatch_add_up"],
+        old="loss = loss / args.response_length",
+        new="loss = loss / mask.shape[1]",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "token norm over responses",
+        "the learning rate grows with the length",
+        tests=["test_the_loss_is_its_definition"],
+        old="return mask.sum().clamp(min=1)",
+        new="return torch.tensor(len(mask))",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "every micro-batch normalised by itself",
+        "gradient accumulation changes the objective",
+        tests=["test_parts_of_a_minibatch_add_up"],
+        old="    if normaliser is None:\n",
+        new="    if True:\n",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "advantages along tokens",
+        "with as many tokens as rows nothing crashes",
+        tests=["test_the_loss_is_its_definition"],
+        old="advantages[:, None], args.cliprange",
+        new="advantages[None, :], args.cliprange",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "the upper clip is the lower one",
+        "DAPO's clip-higher without effect",
+        tests=["test_the_loss_is_its_definition"],
+        old="args.cliprange, args.cliprange_high\n",
+        new="args.cliprange, None\n",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "NaN through the mask",
+        "a masked loss does not mask a gradient",
+        tests=["test_the_loss_is_its_definition"],
+        old="    new_logprobs = torch.where(mask, new_logprobs, 0.0)\n",
+        new="",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "overlong responses in the loss",
+        "the flag does nothing",
+        tests=["test_targets_subtract_the_kl_of_a_response_before_groups_are_compared"],
+        old='loss_mask = loss_mask & batch["has_eos"][:, None]',
+        new="pass",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "flat groups refilled with flat ones",
+        "a try is lost",
+        tests=["test_flat_groups_are_replaced_by_those_of_other_batches"],
+        old='takes_new = is_flat & ~flat_groups(new["scores"], G)',
+        new="takes_new = is_flat",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "parts of groups refilled",
+        "responses to different prompts are compared",
+        tests=["test_flat_groups_are_replaced_by_those_of_other_batches"],
+        old="takes_new.repeat_interleave(G)",
+        new="takes_new.repeat(G)",
+        file="grpo_rlhf.py",
+        matters=True,
+    ),
+    Bug(
+        "refilled groups keep their texts",
+        "a reward function's monitor sees others than those that are trained on",
+        tests=["test_flat_groups_are_replaced_by_those_of_other_batches"],
+        old="            texts[i] = new_texts[i]\n",
+        new="",
+        file="grpo_rlhf.py",
+    ),
+    Bug(
+        "every try with the same prompts",
+        "a flat group stays flat",
+        tests=["test_flat_groups_are_replaced_by_those_of_other_batches"],
+        old="sample(update + attempt * num_updates)",
+        new="sample(update + num_updates)",
+        file="grpo_rlhf.py",
+    ),
+    # ---- DPO
+    Bug(
+        "log-probabilities of the token before",
+        "a logit predicts the next token",
+        tests=["test_sequence_logprobs_are_the_definition"],
+        old="    logits = logits[:, :-1]\n",
+        new="    logits = logits[:, 1:]\n",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "the prompt counts",
+        "long prompts decide the loss of ipo and simpo",
+        tests=["test_logps_are_those_of_the_response_alone"],
+        old="labels = [[-100] * len(prompt_ids) + response_ids for",
+        new="labels = [prompt_ids + response_ids for",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "the first logit is cut off",
+        "the first token of the response is never trained on",
+        tests=["test_logps_are_those_of_the_response_alone"],
+        old="for prompt_ids, _ in sides) - 1, 0)",
+        new="for prompt_ids, _ in sides), 0)",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "padding in the mean",
+        "short responses count less",
+        tests=["test_sequence_logprobs_are_the_definition"],
+        old="logprobs, 0.0).sum(1), mask.sum(1)",
+        new="logprobs, 0.0).sum(1), (mask | True).sum(1)",
+        file="dpo.py",
+    ),
+    Bug(
+        "means where sums belong",
+        "the loss of dpo is that of another policy",
+        tests=["test_the_gradient_is_that_of_the_mean_over_pairs_of_sides[dpo-False]"],
+        old='TAKES_SUMS = ("dpo", "hinge")',
+        new="TAKES_SUMS = ()",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "sums where means belong",
+        "ipo's target is reached by length alone",
+        tests=["test_the_gradient_is_that_of_the_mean_over_pairs_of_sides[ipo-False]"],
+        old='TAKES_SUMS = ("dpo", "hinge")',
+        new='TAKES_SUMS = ("dpo", "hinge", "ipo")',
+        file="dpo.py",
+    ),
+    Bug(
+        "sides swapped",
+        "the rejected responses are learned",
+        tests=["test_losses_are_their_definitions"],
+        old="    margins = chosen_rewards - rejected_rewards\n\n    if kind",
+        new="    margins = rejected_rewards - chosen_rewards\n\n    if kind",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "smoothing the right side",
+        "smoothing without effect",
+        tests=["test_losses_are_their_definitions"],
+        old="swapped_losses = -F.logsigmoid(-margins)",
+        new="swapped_losses = -F.logsigmoid(margins)",
+        file="dpo.py",
+    ),
+    Bug(
+        "no reference",
+        "a policy that may go anywhere",
+        tests=[
+            "test_losses_are_their_definitions",
+            "test_at_the_reference_the_loss_is_ln_2_and_the_rewards_are_0",
+        ],
+        old="    if kind in NEEDS_REFERENCE:\n        chosen",
+        new="    if False:\n        chosen",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "one reference for both sides",
+        "it cancels",
+        tests=["test_losses_are_their_definitions"],
+        old="rejected_rewards - beta * ref_rejected_logps",
+        new="rejected_rewards - beta * ref_chosen_logps",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "ipo's target is 1 / beta",
+        "twice the margin",
+        tests=["test_losses_are_their_definitions"],
+        old="1 / (2 * beta)) ** 2",
+        new="1 / beta) ** 2",
+        file="dpo.py",
+    ),
+    Bug(
+        "simpo's margin the other way",
+        "pairs count as learned before they are",
+        tests=["test_losses_are_their_definitions"],
+        old="-F.logsigmoid(margins - simpo_gamma)",
+        new="-F.logsigmoid(margins + simpo_gamma)",
+        file="dpo.py",
+    ),
+    Bug(
+        "orpo without its likelihood",
+        "nothing holds the policy",
+        tests=["test_losses_are_their_definitions"],
+        old="losses = -chosen_logps - beta *",
+        new="losses = -beta *",
+        file="dpo.py",
+    ),
+    Bug(
+        "probabilities for odds",
+        "orpo is simpo with another scale",
+        tests=["test_losses_are_their_definitions"],
+        old="return logps - torch.log(-torch.expm1(logps))",
+        new="return logps",
+        file="dpo.py",
+    ),
+    Bug(
+        "the SFT term of the rejected side",
+        "it teaches what should be unlearned",
+        tests=["test_the_gradient_is_that_of_the_mean_over_pairs_of_sides"],
+        old="args.sft_coef * per_token.chunk(2)[0]",
+        new="args.sft_coef * per_token.chunk(2)[1]",
+        file="dpo.py",
+    ),
+    Bug(
+        "the live reference is the policy",
+        "the rewards stay 0 and the loss ln 2",
+        tests=["test_the_gradient_is_that_of_the_mean_over_pairs_of_sides[dpo-True]"],
+        old="reference = copy.deepcopy(model).requires_grad_(False)",
+        new="reference = model",
+        file="dpo.py",
+        matters=True,
+    ),
+    Bug(
+        "references of other pairs",
+        "micro-batches are sorted by length",
+        tests=["test_the_gradient_is_that_of_the_mean_over_pairs_of_sides[dpo-False]"],
+        old="found += list(zip(group, sums, means, strict=True))",
+        new="found += list(zip(sorted(group), sums, means, strict=True))",
+        file="dpo.py",
+        matters=True,
+    ),
 ]
 
 
@@ -954,7 +1329,7 @@ def run_pytest(folder, arguments):
     fork = torch.multiprocessing.get_context("fork")
     torch.multiprocessing.get_context = lambda method: fork
     # Whatever is loaded is imported again, and the copy stands first on the path.
-    for name in ("conftest", "utils", "ppo_rlhf"):
+    for name in ("conftest", *SCRIPTS):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     recorder = Recorder()
@@ -964,7 +1339,7 @@ def run_pytest(folder, arguments):
         contextlib.redirect_stderr(output),
     ):
         pytest.main(arguments, plugins=[recorder])
-    modules = [sys.modules[name] for name in ("utils", "ppo_rlhf") if name in sys.modules]
+    modules = [sys.modules[name] for name in SCRIPTS if name in sys.modules]
     answer = {"files": [module.__file__ for module in modules], "outcomes": recorder.outcomes}
     (folder / "outcomes.json").write_text(json.dumps(answer))
 
