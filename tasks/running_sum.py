@@ -7,7 +7,7 @@ The prompt is a row of digits in base 4, and the answer is their sum modulo 4:
 A response may answer at once, or write the running sums first, one for each digit:
 
     response "3"                    the answer alone
-    response ":30213003=3"          ":", the sums of the first 1, 2, ... 8 digits, "=", the answer
+    response ":30211203=3"          ":", the sums of the first 1, 2, ... 8 digits, "=", the answer
 
 A small transformer cannot learn the direct answer at this length: its guesses are right once in 4
 times. It can learn the running sums, because each of them needs one digit and the sum before it.
@@ -27,7 +27,7 @@ responses become several times as long. That is the small, explained form of wha
 
 What is written (a second call writes the same bytes):
 
-    model/                  tokenizer and config of a Llama of 2 layers, without weights, so that it
+    model/                  tokenizer and config of a GPT-2 of 2 layers, without weights, so that it
                             is trained from scratch
     demonstrations.jsonl    prompt, completion: for sft.py
     prompts.jsonl           prompt, base: for grpo_rlhf.py and ppo_rlhf.py
@@ -233,7 +233,7 @@ def main(args):
     print(f"imitation gives     accuracy {sampled:.3f} sampled, {chance:.3f} greedy")
     print(f"written             {output_dir}: model, {', '.join(f'{n}.jsonl' for n in tables)}")
     flags = f"--model {output_dir / 'model'} --dataset {output_dir / 'demonstrations.jsonl'}"
-    print(f"next                python sft.py {flags} --batch_size 128 --lr 3e-3 --num_steps 1000")
+    print(f"next                python sft.py {flags} --batch_size 128 --lr 1e-3 --num_steps 400")
 
 
 if __name__ == "__main__":
