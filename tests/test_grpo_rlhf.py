@@ -176,7 +176,8 @@ def test_the_gradient_is_that_of_finite_differences(norm):
     def loss(new_logprobs):
         return grpo_loss(new_logprobs, *case[1:], args)[0]
 
-    assert torch.autograd.gradcheck(loss, case[0].clone().requires_grad_())
+    start = case[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, start, raise_exception=False)
 
 
 @pytest.mark.fast
@@ -287,7 +288,7 @@ def test_flat_groups_are_replaced_by_those_of_other_batches():
 
     def sample(update):
         asked.append(update)
-        return others[update]
+        return others.get(update, others[21])
 
     start = ([0.0, 0, 1, 1, 0, 1], 0)
     args = grpo_rlhf.Args(num_generations=2, refill_flat_groups=5)
@@ -298,9 +299,13 @@ def test_flat_groups_are_replaced_by_those_of_other_batches():
     assert rows == ["row 1 0", "row 1 1", "row 2 2", "row 2 3", "row 0 4", "row 0 5"]
     assert texts == [row.replace("row", "text") for row in rows]
     assert batch["refilled"].tolist() == [True] * 4 + [False] * 2
+    # One try is not enough for the second group, and none leaves all as it is.
+    args = grpo_rlhf.Args(num_generations=2, refill_flat_groups=1)
+    batch, rows, texts = grpo_rlhf.refill(*batch_of(*start), sample, 1, 10, args)
+    assert batch["responses"].flatten().tolist() == [100, 101, 2, 3, 4, 5]
     args = grpo_rlhf.Args(num_generations=2)
     batch, rows, texts = grpo_rlhf.refill(*batch_of(*start), sample, 1, 10, args)
-    assert batch["responses"].flatten().tolist() == list(range(6)) and asked == [11, 21]
+    assert batch["responses"].flatten().tolist() == list(range(6)) and asked == [11, 21, 11]
 
 
 # --------------------------------------------------------------------------------------------------
