@@ -11,9 +11,6 @@ Each step:
                 Terry; the mean over the pairs of the batch on all ranks
     3. update   the gradient is clipped to the norm --max_grad_norm, and Adam takes a step. The
                 learning rate falls linearly from lr in the first step to lr / num_steps in the last
-At the end, if there are demonstrations:
-    4. centre   their mean score goes into the config as `score_mean`, and `score_head` subtracts it
-                from then on: a score of 0 means "like the average demonstration"
 
 One process:    python reward_model.py
 Eight GPUs:     torchrun --nproc_per_node=8 reward_model.py --model runs/my_sft/model \
@@ -27,14 +24,17 @@ the padding, and the model needs neither an attention mask nor position ids.
 
 Scores
     - The score of a sequence is a linear head on the hidden state of its last real token, which is
-      EOS. That token is found by the length of the sequence, never by its ids: `attention_mask`
-      says which tokens are real, and no model is given it.
+      EOS. It is found by the length of the sequence, never by its ids. `attention_mask` tells the
+      length alone.
     - The head has no bias, because AutoModelForSequenceClassification has none. Its weights start
       at N(0, 1/(d + 1)) with the hidden width d; a model that has a head already, such as another
       reward model, keeps it.
+Centring
+    - At the end, if there are demonstrations, their mean score goes into the config as
+      `score_mean`, and `score_head` subtracts it from then on: a score of 0 means "like the average
+      demonstration". The library's own forward does not subtract it.
     - `score_mean` is 0 during training, also for a reward model that had another: the loss would
-      not notice a constant added to all scores. `last_token_scores` subtracts it; the library's own
-      forward does not.
+      not notice a constant added to all scores.
     - A demonstration of more than --max_length tokens is left out, and the number of them printed.
 Rows
     - If a row has no column `prompt`, each side contains its prompt. If the sides are
@@ -295,7 +295,7 @@ def centre_scores(model, demonstrations, fill_id, args, ranks):
         model.config.score_mean = means.over_ranks()["score"]
     if ranks.is_main:
         centred = "" if demonstrations else " (not centred)"
-        print(f"\nscore_mean        {model.config.score_mean:.4f}{centred}")
+        print(f"score_mean        {model.config.score_mean:.4f}{centred}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,11 +313,11 @@ def load_model(args, tokenizer, longest):
     """The model with its score head; a UserError if it has fewer than `longest` positions."""
     kind = AutoModelForSequenceClassification
     model, missing = utils.load_pretrained(kind, args.model, ["score.weight"], num_labels=1)
+    utils.check_positions(model.config, longest, "--max_length", args.model)
+    utils.fit_to_tokenizer(model, tokenizer)
     if missing:  # The folder has no head, so it is a language model.
         torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.config.score_mean = 0.0
-    utils.check_positions(model.config, longest, "--max_length", args.model)
-    utils.fit_to_tokenizer(model, tokenizer)
     if args.compile:  # Last, because a copy of a compiled model is not compiled.
         utils.compile_layers(model)
     return model
@@ -394,12 +394,11 @@ def main(args):
         if saves:
             run.save_checkpoint(step, state)
 
-    # 4. Centre.
     centre_scores(model, demonstrations, fill_id, args, ranks)
     run.save_model("model", model, tokenizer)
     if ranks.is_main:
         accuracy = metrics.get("eval/rm/accuracy")
-        print(f"held-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
+        print(f"\nheld-out accuracy {'not measured' if accuracy is None else f'{accuracy:.4f}'}")
         print(f"model folder      {run.folder / 'model'}")
         print(f"next              python ppo_rlhf.py --reward_model {run.folder / 'model'}")
 
