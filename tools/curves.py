@@ -40,6 +40,17 @@ DEFAULT_KEYS = {
         ("objective/kl",),
         ("val/sequence_lengths",),
     ],
+    "grpo_rlhf": [
+        ("objective/scores", "eval/score"),
+        ("monitor/*",),
+        ("val/sequence_lengths",),
+        ("train/flat_groups",),
+    ],
+    "dpo": [
+        ("train/loss", "eval/loss"),
+        ("train/rewards/accuracies", "eval/rewards/accuracies"),
+        ("train/logps/chosen", "train/logps/rejected"),
+    ],
     "ilql_rlhf": [("eval/*",), ("loss/q", "loss/v"), ("val/q", "val/v")],
 }
 # {key: (title, what the vertical axis shows, with its unit)}. Any other key is its own title.
@@ -50,6 +61,13 @@ TITLES = {
     "eval/rm/loss": ("held-out loss", "nats per pair"),
     "train/rm/accuracy": ("accuracy", "fraction of pairs"),
     "eval/rm/accuracy": ("held-out accuracy", "fraction of pairs"),
+    "train/loss": ("loss", "mean per pair"),
+    "eval/loss": ("held-out loss", "mean per pair"),
+    "train/rewards/accuracies": ("accuracy", "fraction of pairs"),
+    "eval/rewards/accuracies": ("held-out accuracy", "fraction of pairs"),
+    "train/logps/chosen": ("log-probability of responses", "nats per response"),
+    "train/flat_groups": ("groups of equal scores", "fraction of groups"),
+    "eval/score": ("held-out score", "mean score of a response"),
     "objective/scores": ("score", "mean score of a response"),
     "objective/rlhf_reward": ("score minus KL penalty", "mean of a response"),
     "objective/kl": ("KL to the reference", "nats per response"),
@@ -65,7 +83,7 @@ TITLES = {
     "lr": ("learning rate", "learning rate"),
 }
 # What a step is; of any other script it is an optimizer step.
-X_LABELS = {"ppo_rlhf": "update"}
+X_LABELS = {"ppo_rlhf": "update", "grpo_rlhf": "update"}
 # Colours that colour-blind people can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444"]
 # Flags in which the runs of one line may differ.
