@@ -62,11 +62,11 @@ stage evaluate_ilql evaluate ilql --beta 100
 stage sums python tasks/running_sum.py
 stage sums_sft python sft.py --model data/running_sum/model \
     --dataset data/running_sum/demonstrations.jsonl --batch_size 128 --micro_batch_size 128 \
-    --lr 1e-3 --num_steps 400 --output_dir runs/demo/sums_sft
+    --lr 1e-3 --num_steps 800 --output_dir runs/demo/sums_sft
 stage grpo python grpo_rlhf.py --model runs/demo/sums_sft/model \
     --dataset data/running_sum/prompts.jsonl --eval_dataset data/running_sum/prompts_test.jsonl \
     --reward_fn tasks/running_sum.py:reward --monitor_fn tasks/running_sum.py:thinks \
-    --missing_eos_score none --response_length 16 --total_episodes 7680 --batch_size 256 \
+    --missing_eos_score none --response_length 16 --total_episodes 9728 --batch_size 256 \
     --micro_batch_size 256 --num_epochs 2 --lr 4e-4 --output_dir runs/demo/grpo
 stage curves python tools/curves.py runs/demo/sft runs/demo/reward_model runs/demo/ppo \
     runs/demo/dpo runs/demo/ilql runs/demo/grpo --output runs/demo/curves.png

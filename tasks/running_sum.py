@@ -233,7 +233,7 @@ def main(args):
     print(f"imitation gives     accuracy {sampled:.3f} sampled, {chance:.3f} greedy")
     print(f"written             {output_dir}: model, {', '.join(f'{n}.jsonl' for n in tables)}")
     flags = f"--model {output_dir / 'model'} --dataset {output_dir / 'demonstrations.jsonl'}"
-    print(f"next                python sft.py {flags} --batch_size 128 --lr 1e-3 --num_steps 400")
+    print(f"next                python sft.py {flags} --batch_size 128 --lr 1e-3 --num_steps 800")
 
 
 if __name__ == "__main__":
