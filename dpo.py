@@ -28,26 +28,30 @@ Layout. Sequences are padded on the right. Causal attention never looks ahead, s
 the padding, and the model needs neither an attention mask nor position ids.
 
 Losses
-    - The log-probability of a response, a "logp", is that of all its tokens, EOS included, given
-      the prompt. dpo and hinge use the sum over its tokens, and ipo, simpo and orpo the mean. The
-      authors of IPO have confirmed the mean.
-    - dpo, ipo and hinge compare with the reference. Its logps are computed once, before the first
-      step, and kept with the rows; --live_reference keeps the reference itself and asks it in every
-      step, which is slower and needs no first pass. simpo and orpo have no reference.
-    - --label_smoothing is the share of the pairs whose sides are taken to be swapped, for dpo and
-      hinge.
-    - --sft_coef adds the mean negative logp of the chosen response, per token; orpo has that term
-      by itself, with weight 1.
+    - The steps above are those of --loss dpo; `dpo_loss` has the formulas of all five.
+    - The log-probability of a response, a "logp", is that of its tokens, EOS included, given the
+      prompt. dpo and hinge use the sum over its tokens, and ipo, simpo and orpo the mean. (The
+      paper on IPO has no lengths; TRL uses the mean too.)
+    - dpo, ipo and hinge compare with the reference. Its logps are computed before the first step
+      and kept with the rows. --live_reference keeps a frozen copy of the model instead and runs it
+      beside the policy, which is slower and needs no first pass. simpo and orpo have no reference.
+    - Before the first step the policy is the reference: the rewards are 0, and dpo's loss is log 2.
+    - --label_smoothing is the assumed probability that a label is wrong. The loss of every pair is
+      mixed with that of the swapped pair. It belongs to dpo and hinge.
+    - --sft_coef adds the negative logp of the chosen response, per token. orpo already includes
+      that term.
+    - The metrics rewards/* are those of --loss, beta included; logps/* are always sums, so that
+      they can be compared between losses.
 Rows
-    - If a row has no column `prompt`, each side contains its prompt. If the sides are
-      conversations (lists of messages), the last message of a side is then the response and the
-      others are the prompt; a text is all response. A `prompt` that is a text beside conversations
-      is ignored.
+    - If a row has no column `prompt`, each side contains its prompt. Of a conversation (a list of
+      messages) the last message is then the response, and the others are the prompt. A text counts
+      as the response as a whole, but for its first token, which nothing predicts: in dpo and hinge
+      what the two sides have in common cancels; in the other losses, and with --sft_coef, it does
+      not, so give them a prompt.
+    - A `prompt` that is a text is ignored where the sides are conversations.
     - A pair with a side of more than --max_length tokens is left out, never cut. The number of such
       pairs is printed.
     - A pair whose sides have the same tokens is left out, and the number of such pairs printed.
-    - Where no `prompt` is given and the sides are texts, the prompt is part of the response. Its
-      tokens are the same on both sides; in dpo and hinge they cancel.
     - The held-out pairs are those of --eval_dataset. Without it they are one row in twenty of
       --dataset, chosen by the seed, and exact copies of them are not trained on; other pairs with
       the same prompt are. Held-out pairs are evaluated before the first step, every --eval_every
@@ -109,16 +113,18 @@ class Args:
     loss: Literal["dpo", "ipo", "simpo", "hinge", "orpo"] = "dpo"
     """what is minimised; see `dpo_loss`"""
     beta: float | None = None
-    """scales the rewards: the larger, the closer the policy stays to the reference. In orpo it is
-    the weight of the odds ratio (lambda in the paper). If not given: 2 for simpo, else 0.1"""
-    simpo_gamma: float = 1.0
-    """by how much a chosen reward should exceed the rejected one, with --loss simpo"""
+    """scales the rewards: the larger, the closer the policy stays to its reference, if it has one.
+    In orpo it is the weight of the odds ratio (lambda in the paper). If not given: 2 for simpo,
+    else 0.1"""
+    simpo_gamma: float | None = None
+    """by how much a chosen reward should exceed the rejected one, with --loss simpo. If not given:
+    1"""
     label_smoothing: float = 0.0
-    """share of the pairs taken to be swapped, with --loss dpo or hinge; below 0.5"""
+    """the assumed probability that a label is wrong, with --loss dpo or hinge; below 0.5"""
     sft_coef: float = 0.0
     """weight of the negative log-probability per token of the chosen response"""
     live_reference: bool = False
-    """compute the reference's log-probabilities in every step, and not once before the first"""
+    """run the reference beside the policy, and not once over all rows before the first step"""
     lr: float = 3e-4
     """learning rate of the first step; a pretrained model needs about 1e-6. The default suits the
     random walks"""
@@ -146,17 +152,19 @@ class Args:
 # The algorithm
 
 
+# By --loss: whether there is a reference, whether log-probabilities are sums over the response and
+# not means, and whether labels can be smoothed.
 NEEDS_REFERENCE = ("dpo", "ipo", "hinge")
 TAKES_SUMS = ("dpo", "hinge")
 TAKES_SMOOTHING = ("dpo", "hinge")
 
 
 def sequence_logprobs(logits, labels):
-    """(sums (B,), counts (B,)): each row's log-probability in nats and fp32, and its tokens.
+    """(sums (N,), counts (N,)): the log-probability of each response in nats, and its tokens.
 
-    logits (B,L,V) at L positions. labels (B,L): the input ids at the same positions, or -100 for
+    logits (N,L,V) at L positions. labels (N,L): the input ids at the same positions, or -100 for
     what is not part of the response. The shift is made here and nowhere else: the logits at one
-    position predict the label at the next.
+    position predict the label at the next. The sums are in fp32 or better.
     """
     logits = logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -180,10 +188,11 @@ def dpo_loss(
 
     dpo     -log sigmoid(r_chosen - r_rejected) (Rafailov et al. 2023, equation 7)
     ipo     ((r_chosen - r_rejected) / beta - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)
-    hinge   max(0, 1 - (r_chosen - r_rejected)) (Zhao et al. 2023, with the reference inside)
+    hinge   max(0, 1 - (r_chosen - r_rejected)) (Zhao et al. 2023; the reference inside is that of
+            Liu et al. 2023, "Statistical rejection sampling improves preference optimization")
     simpo   -log sigmoid(r_chosen - r_rejected - simpo_gamma) (Meng et al. 2024, equation 6)
     orpo    -logp_chosen - beta * log sigmoid(log odds_chosen - log odds_rejected), where the odds
-            of a mean token probability p are p / (1 - p) (Hong et al. 2024, equation 6)
+            of p = exp(logp) are p / (1 - p) (Hong et al. 2024, equations 6 and 7)
 
     In dpo and hinge a share label_smoothing of the loss is that of the swapped pair.
     """
@@ -208,14 +217,16 @@ def dpo_loss(
         losses = (margins / beta - 1 / (2 * beta)) ** 2
     elif kind == "simpo":
         losses = -F.logsigmoid(margins - simpo_gamma)
-    else:
+    elif kind == "orpo":
         log_odds_ratio = log_odds(chosen_logps) - log_odds(rejected_logps)
         losses = -chosen_logps - beta * F.logsigmoid(log_odds_ratio)
+    else:
+        raise ValueError(f"no such loss: {kind}")
     return losses, chosen_rewards, rejected_rewards
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) of p = exp(logps)."""
+    """log(p / (1 - p)) of p = exp(logps), with logps below 0."""
     return logps - torch.log(-torch.expm1(logps))
 
 
@@ -275,13 +286,13 @@ def collate(sides, fill_id):
 
 
 def side_logps(model, sides, logprobs_fn, fill_id, device):
-    """(sums (N,), means (N,)): the log-probabilities of the responses of sides.
+    """(sums (N,), per_token (N,)): the log-probabilities of the responses of sides.
 
     logprobs_fn: `sequence_logprobs` or its compiled version.
     """
     batch = utils.to_device(collate(sides, fill_id), device)
-    # Logits before the last token of the shortest prompt are never used. The labels are cut at the
-    # same position, and not shifted.
+    # Logits before the last token of the shortest prompt predict nothing but prompts: they are not
+    # computed. The labels are cut at the same position, and not shifted.
     start = max(min(len(prompt_ids) for prompt_ids, _ in sides) - 1, 0)
     labels = batch["labels"][:, start:]
     output = model(batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1])
@@ -291,58 +302,59 @@ def side_logps(model, sides, logprobs_fn, fill_id, device):
 
 @torch.no_grad()
 def add_reference_logps(pairs, reference, logprobs_fn, fill_id, args, ranks):
-    """Give each pair `ref_sums` and `ref_means`, of its chosen and of its rejected response."""
+    """Give each pair `ref_logps`: the logps of its chosen and of its rejected response."""
     lengths = [pair_length(pair) for pair in pairs]
     found = []
     for group in utils.micro_batch_rows(range(len(pairs)), lengths, args.micro_batch_size, ranks):
         part = [pairs[i] for i in group]
         sides = [pair["chosen"] for pair in part] + [pair["rejected"] for pair in part]
         with utils.autocast(args, ranks.device):
-            sums, means = side_logps(reference, sides, logprobs_fn, fill_id, ranks.device)
-        sums = sums.view(2, -1).T.tolist()
-        means = means.view(2, -1).T.tolist()
-        found += list(zip(group, sums, means, strict=True))
+            sums, per_token = side_logps(reference, sides, logprobs_fn, fill_id, ranks.device)
+        logps = sums if args.loss in TAKES_SUMS else per_token
+        chosen_logps, rejected_logps = logps.chunk(2)
+        found += zip(group, chosen_logps.tolist(), rejected_logps.tolist(), strict=True)
     for share in utils.gather_objects(found):
-        for i, sums, means in share:
-            pairs[i] |= {"ref_sums": sums, "ref_means": means}
+        for i, chosen_logp, rejected_logp in share:
+            pairs[i]["ref_logps"] = (chosen_logp, rejected_logp)
 
 
 def reference_logps(pairs, reference, logprobs_fn, fill_id, args, device):
-    """The logps (N,) of the reference that `dpo_loss` compares with, or None if it needs none."""
+    """(chosen, rejected): the reference's logps (B,) that `dpo_loss` compares with, or two None."""
     if args.loss not in NEEDS_REFERENCE:
-        return None
+        return None, None
     if reference is None:
-        name = "ref_sums" if args.loss in TAKES_SUMS else "ref_means"
-        return torch.tensor([pair[name] for pair in pairs], device=device).T.flatten()
+        chosen_logps, rejected_logps = zip(*(pair["ref_logps"] for pair in pairs), strict=True)
+        return torch.tensor(chosen_logps, device=device), torch.tensor(
+            rejected_logps, device=device
+        )
     sides = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     with torch.no_grad():
-        sums, means = side_logps(reference, sides, logprobs_fn, fill_id, device)
-    return sums if args.loss in TAKES_SUMS else means
+        sums, per_token = side_logps(reference, sides, logprobs_fn, fill_id, device)
+    logps = sums if args.loss in TAKES_SUMS else per_token
+    return logps.chunk(2)
 
 
 def micro_batch_loss(model, pairs, means, reference, logprobs_fn, fill_id, args, device):
     """The summed loss of a micro-batch of pairs, 0-d; adds what is logged to `means`.
 
-    reference: the model, with --live_reference; else None.
+    reference: the frozen copy of --live_reference, or None.
     """
     sides = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     sums, per_token = side_logps(model, sides, logprobs_fn, fill_id, device)
     logps = sums if args.loss in TAKES_SUMS else per_token
-    ref_logps = reference_logps(pairs, reference, logprobs_fn, fill_id, args, device)
-    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         *logps.chunk(2),
-        ref_chosen,
-        ref_rejected,
+        *reference_logps(pairs, reference, logprobs_fn, fill_id, args, device),
         args.beta,
         args.loss,
         args.label_smoothing,
         args.simpo_gamma,
     )
-    losses = losses - args.sft_coef * per_token.chunk(2)[0]
+    chosen_per_token, _ = per_token.chunk(2)
+    losses = losses - args.sft_coef * chosen_per_token
 
     margins = chosen_rewards - rejected_rewards
-    chosen_logps, rejected_logps = sums.chunk(2)
+    chosen_sums, rejected_sums = sums.chunk(2)
     means.add(
         {
             "loss": losses,
@@ -350,8 +362,8 @@ def micro_batch_loss(model, pairs, means, reference, logprobs_fn, fill_id, args,
             "rewards/rejected": rejected_rewards,
             "rewards/margins": margins,
             "rewards/accuracies": 0.5 + 0.5 * torch.sign(margins),
-            "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
+            "logps/chosen": chosen_sums,
+            "logps/rejected": rejected_sums,
         }
     )
     return losses.sum()
@@ -383,7 +395,9 @@ def check_flags(args):
     utils.check_at_least(args, 0, "simpo_gamma", "sft_coef")
     utils.check_above_zero(args, "beta")
     if not 0 <= args.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {args.label_smoothing}: must lie in 0 .. 0.5")
+        raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0, below 0.5")
+    if args.simpo_gamma is not None and args.loss != "simpo":
+        raise UserError(f"--simpo_gamma: belongs to --loss simpo, not to {args.loss}")
     if args.label_smoothing and args.loss not in TAKES_SMOOTHING:
         raise UserError(f"--label_smoothing: belongs to --loss dpo and hinge, not to {args.loss}")
     if args.live_reference and args.loss not in NEEDS_REFERENCE:
@@ -404,6 +418,8 @@ def main(args):
     args.model = args.model or utils.newest_run("sft", args.dataset)
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
+    if args.loss == "simpo" and args.simpo_gamma is None:
+        args.simpo_gamma = 1.0
     tokenizer = utils.load_tokenizer(args.model)
     pairs, eval_pairs = load_data(args, tokenizer)
     lengths = [pair_length(pair) for pair in pairs]
@@ -413,6 +429,7 @@ def main(args):
     utils.check_divides(ranks.world_size, args.batch_size, "--batch_size by the number of ranks")
     torch.manual_seed(args.seed)
     model = load_model(args, tokenizer, longest).to(ranks.device)
+    utils.broadcast_weights(model)
     reference = None
     if args.live_reference:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -420,13 +437,12 @@ def main(args):
     if args.compile:
         logprobs_fn = torch.compile(sequence_logprobs, dynamic=True)
         utils.compile_layers(model, reference)
-    utils.broadcast_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True
     )
     fill_id = tokenizer.eos_token_id  # Fills the padding, which no real token sees.
 
-    # 0. Reference.
+    # 0. Reference: the model as it is now, before a checkpoint is loaded, of a resumed run too.
     if args.loss in NEEDS_REFERENCE and not args.live_reference:
         add_reference_logps(pairs + eval_pairs, model, logprobs_fn, fill_id, args, ranks)
 

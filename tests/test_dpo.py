@@ -177,6 +177,8 @@ def test_at_the_reference_the_loss_is_ln_2_and_the_rewards_are_0():
 def test_label_smoothing_is_refused_where_it_does_not_belong(kind):
     with pytest.raises(ValueError, match=f"dpo and hinge, not to {kind}"):
         dpo.dpo_loss(*logps_case(kind), 0.1, kind, 0.1)
+    with pytest.raises(ValueError, match="no such loss"):
+        dpo.dpo_loss(*logps_case(kind), 0.1, "dop")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def expected_gradients(model, pairs, kind, args, reference=None):
         elif kind == "ipo":
             loss = (h - 1 / (2 * args.beta)) ** 2
         elif kind == "simpo":
-            loss = -torch.sigmoid(args.beta * h - args.simpo_gamma).log()
+            loss = -torch.sigmoid(args.beta * h - 1).log()
         else:
             odds = [x.exp() / (1 - x.exp()) for x in (w, v)]
             loss = -w - args.beta * torch.sigmoid((odds[0] / odds[1]).log()).log()
@@ -327,6 +329,7 @@ def test_a_side_with_nothing_to_predict_is_refused(tmp_path, tokenizer):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "--label_smoothing: .* not to ipo"),
         ({"live_reference": True, "loss": "orpo"}, "--live_reference: --loss orpo"),
         ({"sft_coef": -1.0}, "--sft_coef"),
+        ({"simpo_gamma": 0.5}, "--simpo_gamma: belongs to --loss simpo"),
         ({"max_length": 2}, "no row is left"),
     ],
 )
