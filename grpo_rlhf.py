@@ -9,12 +9,19 @@ Yu et al. 2025, "DAPO: an open-source LLM reinforcement learning system at scale
 Each update:
     1. rollout      sample num_generations responses, a group, to each prompt from the policy;
                     reward functions or a reward model give each response a score
-    2. evaluate     each response token gets a log-probability under the policy, and, if the KL has
-                    a price, under the frozen reference
+    2. evaluate     each response token gets a log-probability under the policy, and under the
+                    frozen reference, if kl_coef > 0
     3. advantages   the advantage of a response, for each of its tokens alike, is how far its score
                     is above the mean of its group, divided by the standard deviation of the group
     4. update       clipped policy loss + kl_coef * KL to the reference, in num_epochs passes over
                     the batch, of num_minibatches optimizer steps each
+
+The papers differ in three choices, which are flags:
+    GRPO        --advantage grpo --loss_norm sequence --kl_in loss --kl_coef 0.04
+    DAPO        --advantage grpo --loss_norm token --cliprange_high 0.28 --mask_overlong
+                    --refill_flat_groups 5
+    Dr. GRPO    --advantage dr_grpo --loss_norm constant
+    RLOO        --advantage rloo --loss_norm constant --kl_in reward --kl_coef 0.05
 
 One process:    python grpo_rlhf.py
 Eight GPUs:     torchrun --nproc_per_node=8 grpo_rlhf.py --model runs/my_sft/model \
@@ -26,7 +33,8 @@ its T its longest row.
 
 Time. Index t of a (B,R) tensor is response token t; logprobs[:, t] is that token's log-probability.
 
-Groups. The responses to one prompt are consecutive rows of the batch, and all on one rank.
+Groups. The responses to one prompt are consecutive rows of the batch, sampled on one rank. The
+update deals out rows without regard to groups.
 
 Layout. Prompts are padded on the left for `generate` alone. After that, each row is packed to the
 left: prompt, response, padding. Causal attention never looks ahead, so no real token sees the
@@ -39,9 +47,8 @@ Responses
     - The end tokens are EOS, any further EOS ids in the model's configs, and those of --stop_token.
       Within the first --min_length tokens an end token does not end the response: it goes on, and
       its mask stays True.
-    - There is no top-k or top-p. The pad token, and ids of the model's vocabulary to which the
-      tokenizer gives no token, have probability 0, in the sampler, the policy and the reference
-      alike.
+    - There is no top-k or top-p. The pad token, and ids of the model's vocabulary without a token
+      in the tokenizer, have probability 0, in the sampler, the policy and the reference alike.
     - Responses are sampled from a copy of the policy, refreshed before each rollout. The old
       log-probabilities are computed by the policy itself, so the probability ratios of an update's
       first step are 1, up to rounding.
@@ -54,21 +61,27 @@ Advantages
     - --advantage grpo divides by the standard deviation of the group, the biased one, plus 1e-4;
       dr_grpo does not divide; rloo compares each response with the mean of the others, which is
       dr_grpo times G / (G - 1) for groups of G.
-    - Advantages of a group sum to 0. So with --loss_norm sequence the loss of a batch is 0 before
-      its first step, however much there is to learn: watch the score, not the loss.
-    - A group whose scores are all equal has the advantages 0 and teaches nothing. With
-      --refill_flat_groups such groups are sampled anew, with other prompts.
+    - Advantages of a group sum to 0. So with --loss_norm sequence the policy term of a whole batch
+      is 0 before its first step, however much there is to learn: watch the score, not the loss.
+    - A group whose scores are all equal is flat. Its advantages are 0, unless --kl_in reward tells
+      its responses apart, and the policy term learns nothing from it. With --refill_flat_groups
+      such groups are replaced by others.
 KL
     - With --kl_in loss the k3 estimate of each token's KL to the reference is added to its loss.
       With --kl_in reward the k1 estimate, summed over the response, is subtracted from its score
-      before the group is compared. The two do not have the same optimum: docs/grpo_rlhf.md.
+      before the group is compared. The gradient of the first, on samples of the policy, is that of
+      KL(reference, policy), and of the second that of KL(policy, reference).
+    - A kl_coef does not carry over from one to the other: in the loss it multiplies what
+      --loss_norm makes of the tokens, and in the reward a sum, which is then divided by the
+      standard deviation of the group, or not.
     - kl_coef is 0 by default. Then no reference is loaded.
 Loss and steps
     - --loss_norm says how the tokens of a minibatch are averaged, always over all ranks. sequence:
       the mean over each response, and then over the responses. token: the mean over all tokens.
       constant: the sum, divided by the number of responses and by --response_length.
     - With --mask_overlong responses without an end token are compared with their group, but are
-      no part of the loss. They still count in the number of responses.
+      no part of the loss and its metrics. They still count in the number of responses, and not in
+      the number of tokens.
     - A minibatch is drawn from the rows of all ranks. Each rank takes an equal share of it, in
       micro-batches of rows of similar length. So neither the number of ranks nor
       --micro_batch_size changes the result, up to rounding.
@@ -114,8 +127,8 @@ from utils import UserError
 @dataclass
 class Args:
     model: str | None = None
-    """the model to train, a Hub name or a folder; the frozen reference is a copy of it. If not
-    given: the newest finished run of sft.py"""
+    """the model to train, a Hub name or a folder; the frozen reference, if kl_coef > 0, is a copy
+    of it. If not given: the newest finished run of sft.py"""
     reward_model: str | None = None
     """the model that scores responses, a Hub name or a folder. If neither this nor --reward_fn is
     given: the newest finished run of reward_model.py"""
@@ -134,7 +147,7 @@ class Args:
     """held-out rows of the same kind, to which the policy responds before the first update, every
     --eval_every updates, and after the last. If not given: no evaluation"""
     output_dir: str | None = None
-    """the run folder, which must not exist yet. If not given: runs/ppo_rlhf__<seed>__<time>"""
+    """the run folder, which must not exist yet. If not given: runs/grpo_rlhf__<seed>__<time>"""
     seed: int = 1
     """determines the order of the prompts, the sampling and the minibatches"""
     total_episodes: int = 3840
@@ -166,7 +179,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     kl_coef: float = 0.0
-    """the price of one nat of KL to the reference; 0: there is no reference"""
+    """weight of the KL to the reference; 0: there is no reference"""
     kl_in: Literal["reward", "loss"] = "loss"
     """reward: subtract the KL (k1) of a response from its score. loss: add the KL (k3) of each
     token to its loss"""
@@ -179,7 +192,8 @@ class Args:
     mask_overlong: bool = False
     """leave responses that do not end by themselves out of the loss"""
     refill_flat_groups: int = 0
-    """sample groups whose scores are all equal anew, up to this many times in an update"""
+    """replace groups whose scores are all equal, by sampling up to this many further batches in an
+    update"""
     cliprange: float = 0.2
     """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
@@ -263,10 +277,10 @@ def group_advantages(scores, num_generations, kind):
     """The advantage of each response, (B,): how far its score is above those of its group.
 
     scores (B,), in which groups of num_generations rows are consecutive. kind: "grpo" divides
-    score - mean by the biased standard deviation + 1e-4 (Shao et al. 2024, section 4.1.2),
-    "dr_grpo" does not divide (Liu et al. 2025, section 3), and "rloo" subtracts the mean of the
-    other scores of the group (Ahmadian et al. 2024, equation 9). The advantages of a group sum to
-    0, and are exactly 0 where its scores are equal.
+    score - mean by the standard deviation (Shao et al. 2024, section 4.1.2; here the biased one,
+    plus 1e-4), "dr_grpo" does not divide (Liu et al. 2025, section 3), and "rloo" subtracts the
+    mean of the other scores of the group (Ahmadian et al. 2024, equation 9). The advantages of a
+    group sum to 0, and are exactly 0 where its scores are equal.
     """
     groups = scores.view(-1, num_generations)
     # A mean of equal numbers may differ from them by rounding.
@@ -277,6 +291,8 @@ def group_advantages(scores, num_generations, kind):
         centred = centred / (groups.std(1, correction=0, keepdim=True) + 1e-4)
     elif kind == "rloo":
         centred = centred * num_generations / (num_generations - 1)
+    elif kind != "dr_grpo":
+        raise ValueError(f"no such advantage: {kind}")
     return centred.flatten()
 
 
@@ -313,7 +329,7 @@ def grpo_targets(batch, args):
 
 
 def loss_normaliser(mask, loss_norm):
-    """What `grpo_loss` divides its sum over the rows of mask (B,R) by: their tokens, or B."""
+    """What `grpo_loss` divides its sum by: the tokens of mask (B,R) for "token", else B."""
     if loss_norm == "token":
         return mask.sum().clamp(min=1)
     return torch.tensor(len(mask), device=mask.device)
@@ -323,12 +339,14 @@ def grpo_loss(new_logprobs, logprobs, ref_logprobs, advantages, mask, args, norm
     """The loss, 0-d, and its parts (B,R) by the names that are logged.
 
     new_logprobs, logprobs (before the update) and ref_logprobs (B,R); the last is only read if
-    there is a KL in the loss, and may be None otherwise. advantages (B,); mask (B,R). args:
-    cliprange, cliprange_high, kl_coef, kl_in, loss_norm and response_length. normaliser: that of
-    the whole minibatch, if these rows are a part of one (`loss_normaliser`).
+    there is a KL in the loss, and may be None otherwise. advantages (B,); mask (B,R): the tokens
+    that are trained on. args: cliprange, cliprange_high, kl_coef, kl_in, loss_norm and
+    response_length. normaliser: `loss_normaliser` of the whole minibatch, if these rows are a part
+    of one. With n_i tokens in row i, the loss l of a token has the weight
 
-    --loss_norm sequence is Shao et al. 2024, equation 3; token is Yu et al. 2025, equation 8;
-    constant is Liu et al. 2025, with response_length as the constant.
+    sequence    1 / (B * n_i)                   Shao et al. 2024, equation 3
+    token       1 / (n_1 + ... + n_B)           Yu et al. 2025, equation 8
+    constant    1 / (B * response_length)       Liu et al. 2025
     """
     new_logprobs = torch.where(mask, new_logprobs, 0.0)
     logprobs = torch.where(mask, logprobs, 0.0)
@@ -551,8 +569,8 @@ def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id)
     is_real = torch.cat([query_mask, mask], dim=1)
     input_ids, lengths = utils.pack_rows(torch.cat([queries, responses], dim=1), is_real)
     is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    # Padding goes through the loss as well, before it is masked. The log-probability of a pad would
-    # be -inf there and its gradient NaN, which no mask stops. So the padding is EOS, an allowed id.
+    # Padding goes through the model as well, before it is masked. It is EOS, because the
+    # log-probability of a pad would be -inf.
     return {
         "input_ids": input_ids.masked_fill(~is_real, eos_id),
         "is_real": is_real,
@@ -586,8 +604,8 @@ def micro_batches(batch, rows, args, ranks=None):
     With ranks: only this rank's share of the rows.
     """
     lengths = batch["is_real"].sum(1).tolist()
-    for group in utils.micro_batch_rows(rows, lengths, args.micro_batch_size, ranks):
-        yield group, select(batch, group)
+    for numbers in utils.micro_batch_rows(rows, lengths, args.micro_batch_size, ranks):
+        yield numbers, select(batch, numbers)
 
 
 @torch.no_grad()
@@ -650,9 +668,10 @@ def sample_and_score(update, prompts, sampler, sampling, scorers, args, ranks):
 def refill(batch, rows, texts, sample, update, num_updates, args):
     """The batch, rows and texts, in which groups with equal scores are replaced by new ones.
 
-    Yu et al. 2025, section 3.2. sample(u) is the batch of update u. A flat group is replaced by the
-    group in the same place of another batch, of the first of --refill_flat_groups in which that is
-    not flat. So the number of ranks makes no difference.
+    Yu et al. 2025, section 3.2. sample(u) is the batch of update u. Up to --refill_flat_groups
+    further batches are sampled, with the prompts and random numbers of updates that the run does
+    not reach. Each flat group takes the group at the same place in the first of them where that is
+    not flat, so that the number of ranks makes no difference. What is flat then stays.
     """
     G = args.num_generations
     refilled = torch.zeros_like(batch["has_eos"])
@@ -660,7 +679,6 @@ def refill(batch, rows, texts, sample, update, num_updates, args):
         is_flat = flat_groups(batch["scores"], G)
         if not is_flat.any():
             break
-        # With the prompts and the random numbers of an update that the run does not reach.
         new, new_rows, new_texts = sample(update + attempt * num_updates)
         takes_new = is_flat & ~flat_groups(new["scores"], G)
         takes_new = takes_new.repeat_interleave(G)
@@ -697,7 +715,8 @@ def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
             normaliser,
         )
         loss.backward()
-        means.add({**stats, "policy/entropy_avg": new["entropy"]}, part["mask"])
+        means.add(stats, part["loss_mask"])
+        means.add({"policy/entropy_avg": new["entropy"]}, part["mask"])
     # A sum and not a mean, because each share was divided by the normaliser of all of them.
     utils.sum_gradients(model)
     return means
@@ -896,8 +915,8 @@ def load_reward_functions(specs, flag, prompts):
 
 
 def load_models(args, tokenizer, num_positions, device):
-    """(policy, reference, reward_model); no reference without a price of the KL, and no reward
-    model without --reward_model.
+    """(policy, reference, reward_model); no reference if kl_coef is 0, no reward model without
+    --reward_model.
     """
     if args.reward_model:
         utils.check_same_tokenizer(args.reward_model, tokenizer, args.model)

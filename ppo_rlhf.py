@@ -695,8 +695,8 @@ def micro_batches(batch, rows, args, ranks=None):
     With ranks: only this rank's share of the rows.
     """
     lengths = batch["is_real"].sum(1).tolist()
-    for group in utils.micro_batch_rows(rows, lengths, args.micro_batch_size, ranks):
-        yield group, select(batch, group)
+    for numbers in utils.micro_batch_rows(rows, lengths, args.micro_batch_size, ranks):
+        yield numbers, select(batch, numbers)
 
 
 @torch.no_grad()
