@@ -117,7 +117,7 @@ def test_ppo_through_the_usual_backend(long_run, tmp_path, tokenizer):
     policy = build_folder(tmp_path / "policy", "gpt2", "lm", tokenizer, seed=1, n_layer=1)
     options = long_run("ppo_rlhf", "eager") | {"model": policy, "reward_model": None}
     options |= {"reward_fn": (f"{tmp_path}/reward.py:distinct_letters",), "value_trunk": "shared"}
-    options |= {"total_episodes": 16}
+    options |= {"total_episodes": 16, "eval_dataset": None}
     compiled = {"compile": True, "output_dir": str(tmp_path / "compiled")}
     torch.compiler.reset()
     ppo_rlhf.main(ppo_rlhf.Args(**options))

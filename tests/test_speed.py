@@ -187,7 +187,8 @@ def test_every_text_has_the_length_wanted(tmp_path):
     folder.mkdir()
     paths = shapes.build_world(small_work("reward_model"), folder, num_batches=2)
     pairs = reward_model.load_comparisons(paths["rows"], tokenizer, reward_model.Args())
-    assert {len(row[side]) for row in pairs for side in ("chosen", "rejected")} == {8}
+    sides = [pair[name] for pair in pairs for name in ("chosen", "rejected")]
+    assert {reward_model.side_length(side) for side in sides} == {8}
     assert len(pairs) == 8
 
 

@@ -705,11 +705,11 @@ def test_a_run_of_ilql_is_evaluated_as_it_evaluates_itself(world, tmp_path, caps
 def test_a_run_that_cannot_be_evaluated(tmp_path):
     with pytest.raises(UserError, match=r"no args\.json"):
         evaluate.from_run(str(tmp_path))
-    (tmp_path / "args.json").write_text('{"script": "dpo.py", "args": {}}')
+    (tmp_path / "args.json").write_text('{"script": "other.py", "args": {}}')
     with pytest.raises(UserError, match="not finished"):
         evaluate.from_run(str(tmp_path))
     (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match=r"a run of dpo\.py, which does not sample as ppo"):
+    with pytest.raises(UserError, match=r"a run of other\.py, which does not sample as ppo"):
         evaluate.from_run(str(tmp_path))
 
 
