@@ -7,7 +7,8 @@ reward"; Hong et al. 2024, "ORPO: monolithic preference optimization without ref
 et al. 2023, "SLiC-HF: sequence likelihood calibration with human feedback" (the hinge).
 
 Before the first step:
-    0. reference    the log-probabilities of all responses under the model as it is
+    0. reference    the log-probabilities of all responses under the model as it is, for the losses
+                    that compare with a reference
 Each step:
     1. batch    rows of (prompt, chosen, rejected), which give two token sequences: the prompt with
                 the chosen response, and with the rejected one, each ending with EOS
@@ -35,19 +36,22 @@ Losses
     - dpo, ipo and hinge compare with the reference. Its logps are computed before the first step
       and kept with the rows. --live_reference keeps a frozen copy of the model instead and runs it
       beside the policy, which is slower and needs no first pass. simpo and orpo have no reference.
-    - Before the first step the policy is the reference: the rewards are 0, and dpo's loss is log 2.
+    - Before the first step the policy is the reference. So where there is one, the rewards are 0
+      up to rounding, and dpo's loss is log 2.
     - --label_smoothing is the assumed probability that a label is wrong. The loss of every pair is
       mixed with that of the swapped pair. It belongs to dpo and hinge.
-    - --sft_coef adds the negative logp of the chosen response, per token. orpo already includes
-      that term.
+    - --sft_coef adds the negative log-probability of the chosen response, per token and times the
+      coefficient. orpo already includes that term with weight 1, so the flag is refused there.
+    - orpo's loss compares log-odds. Its rewards, beta * logp, are logged and not trained on.
+    - ipo asks for a difference of 1 / (2 beta) nats per token: 5 with the default beta.
     - The metrics rewards/* are those of --loss, beta included; logps/* are always sums, so that
       they can be compared between losses.
 Rows
     - If a row has no column `prompt`, each side contains its prompt. Of a conversation (a list of
-      messages) the last message is then the response, and the others are the prompt. A text counts
-      as the response as a whole, but for its first token, which nothing predicts: in dpo and hinge
-      what the two sides have in common cancels; in the other losses, and with --sft_coef, it does
-      not, so give them a prompt.
+      messages) the last message is then the response, and the others are the prompt. In a plain
+      text there is no boundary to be found, so all of it is scored but its first token, which has
+      nothing before it. In dpo and hinge, what both sides begin with cancels in the difference. In
+      the other losses, and with --sft_coef, it does not: give them a column `prompt`.
     - A `prompt` that is a text is ignored where the sides are conversations.
     - A pair with a side of more than --max_length tokens is left out, never cut. The number of such
       pairs is printed.
@@ -131,9 +135,9 @@ class Args:
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     precision: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
-    """what forward and backward compute in; weights, optimizer state and scores stay fp32"""
+    """what forward and backward compute in; weights, optimizer state and the loss stay fp32"""
     compile: bool = torch.cuda.is_available()
-    """compile each transformer layer"""
+    """compile each transformer layer and the log-probabilities"""
     log_every: int = 20
     """steps between two lines of metrics; an evaluation or a checkpoint ends a line early"""
     eval_every: int = 200
@@ -152,8 +156,8 @@ class Args:
 # The algorithm
 
 
-# By --loss: whether there is a reference, whether log-probabilities are sums over the response and
-# not means, and whether labels can be smoothed.
+# The losses that compare with a reference; those that take sums over a response, where the others
+# take means; and those that accept label smoothing.
 NEEDS_REFERENCE = ("dpo", "ipo", "hinge")
 TAKES_SUMS = ("dpo", "hinge")
 TAKES_SMOOTHING = ("dpo", "hinge")
@@ -214,7 +218,8 @@ def dpo_loss(
         swapped_losses = torch.relu(1 + margins)
         losses = (1 - label_smoothing) * losses + label_smoothing * swapped_losses
     elif kind == "ipo":
-        losses = (margins / beta - 1 / (2 * beta)) ** 2
+        log_ratio_difference = margins / beta  # IPO's difference has no beta in it.
+        losses = (log_ratio_difference - 1 / (2 * beta)) ** 2
     elif kind == "simpo":
         losses = -F.logsigmoid(margins - simpo_gamma)
     elif kind == "orpo":
@@ -226,7 +231,8 @@ def dpo_loss(
 
 
 def log_odds(logps):
-    """log(p / (1 - p)) of p = exp(logps), with logps below 0."""
+    """log(p / (1 - p)) of p = exp(logps), with p at most 1 - 1e-6, where it is still finite."""
+    logps = logps.clamp(max=-1e-6)
     return logps - torch.log(-torch.expm1(logps))
 
 
@@ -292,7 +298,9 @@ def side_logps(model, sides, logprobs_fn, fill_id, device):
     """
     batch = utils.to_device(collate(sides, fill_id), device)
     # Logits before the last token of the shortest prompt predict nothing but prompts: they are not
-    # computed. The labels are cut at the same position, and not shifted.
+    # computed. The labels are cut at the same position, and not shifted. With one side "a b c EOS",
+    # of which "a b" is the prompt, the logits of b, c and EOS are computed: that of b predicts c,
+    # that of c predicts EOS, and the last predicts nothing.
     start = max(min(len(prompt_ids) for prompt_ids, _ in sides) - 1, 0)
     labels = batch["labels"][:, start:]
     output = model(batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1])
@@ -361,7 +369,7 @@ def micro_batch_loss(model, pairs, means, reference, logprobs_fn, fill_id, args,
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
             "rewards/margins": margins,
-            "rewards/accuracies": 0.5 + 0.5 * torch.sign(margins),
+            "rewards/accuracies": 0.5 + 0.5 * torch.sign(margins),  # A tie counts as half.
             "logps/chosen": chosen_sums,
             "logps/rejected": rejected_sums,
         }
@@ -402,6 +410,8 @@ def check_flags(args):
         raise UserError(f"--label_smoothing: belongs to --loss dpo and hinge, not to {args.loss}")
     if args.live_reference and args.loss not in NEEDS_REFERENCE:
         raise UserError(f"--live_reference: --loss {args.loss} has no reference")
+    if args.sft_coef > 0 and args.loss == "orpo":
+        raise UserError("--sft_coef: --loss orpo already includes this term, with weight 1")
 
 
 def load_model(args, tokenizer, longest):
@@ -442,7 +452,8 @@ def main(args):
     )
     fill_id = tokenizer.eos_token_id  # Fills the padding, which no real token sees.
 
-    # 0. Reference: the model as it is now, before a checkpoint is loaded, of a resumed run too.
+    # 0. Reference: the initial model. A checkpoint is loaded after this, so that a resumed run has
+    # the same reference.
     if args.loss in NEEDS_REFERENCE and not args.live_reference:
         add_reference_logps(pairs + eval_pairs, model, logprobs_fn, fill_id, args, ranks)
 

@@ -16,7 +16,8 @@ Each update:
     4. update       clipped policy loss + kl_coef * KL to the reference, in num_epochs passes over
                     the batch, of num_minibatches optimizer steps each
 
-The papers differ in three choices, which are flags:
+The objectives of four papers, as flags. The clipped loss, --num_epochs and --missing_eos_score stay
+those of this file; RLOO, for instance, was published with one epoch and without clipping:
     GRPO        --advantage grpo --loss_norm sequence --kl_in loss --kl_coef 0.04
     DAPO        --advantage grpo --loss_norm token --cliprange_high 0.28 --mask_overlong
                     --refill_flat_groups 5
@@ -61,8 +62,9 @@ Advantages
     - --advantage grpo divides by the standard deviation of the group, the biased one, plus 1e-4;
       dr_grpo does not divide; rloo compares each response with the mean of the others, which is
       dr_grpo times G / (G - 1) for groups of G.
-    - Advantages of a group sum to 0. So with --loss_norm sequence the policy term of a whole batch
-      is 0 before its first step, however much there is to learn: watch the score, not the loss.
+    - Advantages of a group sum to 0. So with --loss_norm sequence, and without --mask_overlong, the
+      policy term of a whole batch is 0 before its first step. Its gradient is not: watch the score,
+      not the loss.
     - A group whose scores are all equal is flat. Its advantages are 0, unless --kl_in reward tells
       its responses apart, and the policy term learns nothing from it. With --refill_flat_groups
       such groups are replaced by others.
@@ -70,7 +72,8 @@ KL
     - With --kl_in loss the k3 estimate of each token's KL to the reference is added to its loss.
       With --kl_in reward the k1 estimate, summed over the response, is subtracted from its score
       before the group is compared. The gradient of the first, on samples of the policy, is that of
-      KL(reference, policy), and of the second that of KL(policy, reference).
+      KL(reference, policy), and of the second that of KL(policy, reference). After the first step
+      of an update the samples are those of an older policy, and the first holds only nearly.
     - A kl_coef does not carry over from one to the other: in the loss it multiplies what
       --loss_norm makes of the tokens, and in the reward a sum, which is then divided by the
       standard deviation of the group, or not.
@@ -79,9 +82,9 @@ Loss and steps
     - --loss_norm says how the tokens of a minibatch are averaged, always over all ranks. sequence:
       the mean over each response, and then over the responses. token: the mean over all tokens.
       constant: the sum, divided by the number of responses and by --response_length.
-    - With --mask_overlong responses without an end token are compared with their group, but are
-      no part of the loss and its metrics. They still count in the number of responses, and not in
-      the number of tokens.
+    - With --mask_overlong responses without an end token are compared with their group, but do not
+      contribute to the loss and its metrics. They still count in the number of responses, and not
+      in the number of tokens.
     - A minibatch is drawn from the rows of all ranks. Each rank takes an equal share of it, in
       micro-batches of rows of similar length. So neither the number of ranks nor
       --micro_batch_size changes the result, up to rounding.
@@ -193,7 +196,7 @@ class Args:
     """leave responses that do not end by themselves out of the loss"""
     refill_flat_groups: int = 0
     """replace groups whose scores are all equal, by sampling up to this many further batches in an
-    update"""
+    update, which total_episodes does not count"""
     cliprange: float = 0.2
     """the probability ratio is clipped to 1 - cliprange .. 1 + cliprange"""
     cliprange_high: float | None = None
@@ -387,7 +390,8 @@ def response_hidden(model, batch):
     _, T, d = hidden.shape
     t = torch.arange(batch["mask"].shape[1], device=hidden.device)
     index = batch["prompt_lengths"][:, None] - 1 + t
-    # A short row in a long micro-batch has no such index for the last t, which are masked.
+    # In a row with a long prompt and a short response, the last t, which are masked, would be
+    # beyond T.
     index = index.clamp(max=T - 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, d))
 
@@ -525,8 +529,8 @@ def generate(
 def next_prompts(prompts, update, args, ranks):
     """This rank's prompts of an update: token ids, rows, and the uniforms (B,R) to sample with.
 
-    Each prompt is there num_generations times in a row. They are cut out of those of all ranks,
-    which depend on the seed and the update alone.
+    Each prompt is repeated num_generations times. The list for all ranks depends on the seed and
+    the update alone, and each rank takes its slice of it.
     """
     B = args.batch_size // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
@@ -570,7 +574,7 @@ def pack_responses(queries, query_mask, responses, stop_ids, min_length, eos_id)
     input_ids, lengths = utils.pack_rows(torch.cat([queries, responses], dim=1), is_real)
     is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
     # Padding goes through the model as well, before it is masked. It is EOS, because the
-    # log-probability of a pad would be -inf.
+    # log-probability of a pad would be -inf, and 0 times infinity is NaN in the backward pass.
     return {
         "input_ids": input_ids.masked_fill(~is_real, eos_id),
         "is_real": is_real,
@@ -668,10 +672,11 @@ def sample_and_score(update, prompts, sampler, sampling, scorers, args, ranks):
 def refill(batch, rows, texts, sample, update, num_updates, args):
     """The batch, rows and texts, in which groups with equal scores are replaced by new ones.
 
-    Yu et al. 2025, section 3.2. sample(u) is the batch of update u. Up to --refill_flat_groups
-    further batches are sampled, with the prompts and random numbers of updates that the run does
-    not reach. Each flat group takes the group at the same place in the first of them where that is
-    not flat, so that the number of ranks makes no difference. What is flat then stays.
+    Yu et al. 2025, section 3.2. sample(u) is the batch of update u. Attempt a samples a whole
+    batch, that of update + a * num_updates, which no update of the run uses. Flat group j is
+    replaced by the new group j, if that is not flat, so that the number of ranks makes no
+    difference; the other new groups are thrown away. After --refill_flat_groups attempts, what is
+    flat stays.
     """
     G = args.num_generations
     refilled = torch.zeros_like(batch["has_eos"])
@@ -716,7 +721,7 @@ def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
         )
         loss.backward()
         means.add(stats, part["loss_mask"])
-        means.add({"policy/entropy_avg": new["entropy"]}, part["mask"])
+        means.add({"policy/entropy_avg": new["entropy"]}, part["loss_mask"])
     # A sum and not a mean, because each share was divided by the normaliser of all of them.
     utils.sum_gradients(model)
     return means
@@ -773,7 +778,8 @@ def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
 def evaluate_policy(sampler, sampling, prompts, scorers, args, ranks):
     """The metrics of --eval_samples responses to each held-out prompt, over all ranks.
 
-    The randomness is the same in every evaluation. scorers: reward_fns and reward_model.
+    The randomness is the same in every evaluation. A score is what the scorers say, without
+    --missing_eos_score. scorers: reward_fns and reward_model.
     """
     k = args.eval_samples
     total = len(prompts) * k

@@ -444,7 +444,8 @@ def response_hidden(model, batch):
     _, T, d = hidden.shape
     t = torch.arange(batch["mask"].shape[1], device=hidden.device)
     index = batch["prompt_lengths"][:, None] - 1 + t
-    # A short row in a long micro-batch has no such index for the last t, which are masked.
+    # In a row with a long prompt and a short response, the last t, which are masked, would be
+    # beyond T.
     index = index.clamp(max=T - 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, d))
 
@@ -828,7 +829,8 @@ def optimize(model, optimizer, batch, loss_fn, update, args, ranks):
 def evaluate_policy(sampler, sampling, prompts, scorers, args, ranks):
     """The metrics of --eval_samples responses to each held-out prompt, over all ranks.
 
-    The randomness is the same in every evaluation. scorers: reward_fns and reward_model.
+    The randomness is the same in every evaluation. A score is what the scorers say, without
+    --missing_eos_score. scorers: reward_fns and reward_model.
     """
     k = args.eval_samples
     total = len(prompts) * k

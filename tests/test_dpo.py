@@ -232,7 +232,9 @@ def expected_gradients(model, pairs, kind, args, reference=None):
 def test_the_gradient_is_that_of_the_mean_over_pairs_of_sides(kind, live, options, tokenizer):
     """In the second step too, where policy and reference differ, and with either reference."""
     options |= {"loss": kind, "live_reference": live, "batch_size": 11, "micro_batch_size": 3}
-    options |= {"beta": 0.4, "sft_coef": 0.3, "num_steps": 2, "lr": 0.01}
+    # orpo has an SFT term of its own.
+    sft_coef = 0.0 if kind == "orpo" else 0.3
+    options |= {"beta": 0.4, "sft_coef": sft_coef, "num_steps": 2, "lr": 0.01}
     history, _ = gradients_of(None, "dpo", options)
     args = dpo.Args(**options)
     pairs = dpo.load_comparisons(options["dataset"], tokenizer, args)
@@ -329,9 +331,17 @@ def test_a_side_with_nothing_to_predict_is_refused(tmp_path, tokenizer):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "--label_smoothing: .* not to ipo"),
         ({"live_reference": True, "loss": "orpo"}, "--live_reference: --loss orpo"),
         ({"sft_coef": -1.0}, "--sft_coef"),
+        ({"sft_coef": 0.1, "loss": "orpo"}, "--sft_coef: --loss orpo already"),
         ({"simpo_gamma": 0.5}, "--simpo_gamma: belongs to --loss simpo"),
         ({"max_length": 2}, "no row is left"),
     ],
 )
 def test_refused_flags(options, capsys, changes, match):
     refuses(capsys, "dpo", options | changes, match)
+
+
+def test_log_odds_are_finite_where_a_response_is_certain():
+    logps = torch.zeros(1, requires_grad=True)
+    losses, _, _ = dpo.dpo_loss(logps, torch.tensor([-1.0]), None, None, 0.1, "orpo")
+    losses.sum().backward()
+    assert losses.isfinite().all() and logps.grad.isfinite().all()
