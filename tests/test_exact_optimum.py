@@ -1,4 +1,4 @@
-"""PPO on a task whose optimum and expectations are sums over 512 sequences.
+"""What the scripts maximise, on tasks whose optimum and expectations are sums over all sequences.
 
 The task is that of benchmarks/exact_optimum.py.
 """
@@ -10,6 +10,7 @@ import torch
 from conftest import read_jsonl
 from transformers import AutoModelForCausalLM
 
+import grpo_rlhf
 from benchmarks import exact_optimum
 from benchmarks.exact_optimum import Args, build_task, exact, sequence_logprobs, solve
 
@@ -99,3 +100,99 @@ def test_rewards_are_fixed_and_spread():
     values = exact_optimum.reward(None, texts, [1] * 4)
     assert values[0] == values[3] and len(set(values)) == 3
     assert values != exact_optimum.reward(None, texts, [2] * 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# At its optimum the expected gradient of a loss is 0. The loss is the script's own.
+
+
+def random_token_task():
+    """(log pi_ref, rewards) of one token, (8,) each."""
+    generator = torch.Generator().manual_seed(5)
+    logits, rewards = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    return torch.log_softmax(logits, dim=0), rewards
+
+
+def expected_grpo_gradient(logprobs, ref_logprobs, rewards, beta, advantage, num_generations):
+    """The gradient (8,) of `grpo_loss` by the logits, over all groups that a policy can draw."""
+    groups, log_counts = exact_optimum.all_groups(num_generations)
+    group_probs = torch.exp(log_counts + logprobs[groups].sum(1))
+    tokens = groups.flatten()
+    advantages = grpo_rlhf.group_advantages(rewards[tokens], num_generations, advantage)
+    logits = logprobs.clone().requires_grad_()
+    new_logprobs = torch.log_softmax(logits, dim=0)
+    args = grpo_rlhf.Args(kl_in="loss", kl_coef=beta, loss_norm="constant", response_length=1)
+    total = 0
+    for i in range(len(groups)):
+        rows = slice(i * num_generations, (i + 1) * num_generations)
+        loss, _ = grpo_rlhf.grpo_loss(
+            new_logprobs[tokens[rows], None],
+            logprobs[tokens[rows], None],
+            ref_logprobs[tokens[rows], None],
+            advantages[rows],
+            torch.ones(num_generations, 1, dtype=torch.bool),
+            args,
+        )
+        total = total + group_probs[i] * loss
+    return torch.autograd.grad(total, logits)[0]
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "dr_grpo", "grpo"])
+def test_the_gradient_of_grpo_is_0_at_the_stated_optimum(advantage):
+    """With k3 in the loss, groups of 3."""
+    ref_logprobs, rewards = random_token_task()
+    if advantage == "grpo":
+        optimum = exact_optimum.grpo_k3_optimum(ref_logprobs, rewards, 0.7, num_generations=3)
+    else:
+        share = 2 / 3 if advantage == "dr_grpo" else 1
+        optimum = exact_optimum.k3_optimum(ref_logprobs[:, None], share * rewards, 0.7)
+    at_start = expected_grpo_gradient(ref_logprobs, ref_logprobs, rewards, 0.7, advantage, 3)
+    at_optimum = expected_grpo_gradient(optimum, ref_logprobs, rewards, 0.7, advantage, 3)
+    assert at_start.norm() > 0.05
+    assert at_optimum.norm() < 1e-8
+
+
+def test_the_optimum_with_k3_in_the_loss_is_its_formula():
+    ref_logprobs, rewards = random_token_task()
+    probs = exact_optimum.k3_optimum(ref_logprobs[:, None], rewards, 0.7).exp()
+    lambdas = rewards + 0.7 * ref_logprobs.exp() / probs
+    assert probs.sum().item() == pytest.approx(1)
+    assert (lambdas - lambdas[0]).abs().max() < 1e-9 and lambdas[0] > rewards.max()
+
+
+def test_large_groups_divide_beta_by_the_spread_of_the_scores():
+    ref_logprobs, rewards = random_token_task()
+    optimum = exact_optimum.grpo_k3_optimum(ref_logprobs, rewards, 0.7)
+    _, sigma = exact_optimum.moments(optimum, rewards)
+    other = exact_optimum.k3_optimum(ref_logprobs[:, None], rewards, 0.7 * sigma)
+    assert (optimum - other).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", exact_optimum.EXPECTED)
+def test_the_gradient_of_dpo_is_0_at_the_stated_optimum(kind, tmp_path):
+    reference, _ = build_task(tmp_path, 1)
+    rewards = exact_optimum.all_rewards(1)
+    ref_logprobs = sequence_logprobs(reference)[0].sum(1)
+
+    def gradient(logprobs):
+        logits = logprobs.clone().requires_grad_()
+        logprobs = torch.log_softmax(logits, dim=0)
+        loss = exact_optimum.expected_preference_loss(logprobs, ref_logprobs, rewards, kind, Args())
+        return torch.autograd.grad(loss, logits)[0].norm()
+
+    optimum = exact_optimum.preference_optimum(ref_logprobs, rewards, kind, Args())
+    assert optimum.exp().sum().item() == pytest.approx(1)
+    assert gradient(optimum) < 1e-6 * gradient(ref_logprobs)
+
+
+@pytest.mark.parametrize("row", ["rloo_k3_long", "dpo"])
+def test_a_row_of_the_table_comes_closer_to_its_optimum(row):
+    args = Args(num_updates=20, batch_size=256)
+    result = exact_optimum.measure(row, 1, args)
+    assert result["kl_to_optimum"] < 0.8 * result["reference_kl_to_optimum"]
+
+
+def test_sampled_comparisons_are_measured_among_texts_of_letters():
+    result = exact_optimum.measure("dpo_sampled", 1, Args(num_pairs=200))
+    assert 0 < result["kl_to_optimum"] < 1
+    assert result["optimum_kl_to_kl_optimum"] == 0
