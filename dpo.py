@@ -279,6 +279,11 @@ def load_data(args, tokenizer):
     return utils.hold_out(pairs, args.seed)
 
 
+def both_sides(pairs):
+    """The 2B sides of B pairs, the chosen ones first."""
+    return [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+
+
 def collate(sides, fill_id):
     """input_ids and labels of sides as tensors (N,T) on the CPU, padded on the right."""
     sequences = [prompt_ids + response_ids for prompt_ids, response_ids in sides]
@@ -315,7 +320,7 @@ def add_reference_logps(pairs, reference, logprobs_fn, fill_id, args, ranks):
     found = []
     for group in utils.micro_batch_rows(range(len(pairs)), lengths, args.micro_batch_size, ranks):
         part = [pairs[i] for i in group]
-        sides = [pair["chosen"] for pair in part] + [pair["rejected"] for pair in part]
+        sides = both_sides(part)
         with utils.autocast(args, ranks.device):
             sums, per_token = side_logps(reference, sides, logprobs_fn, fill_id, ranks.device)
         logps = sums if args.loss in TAKES_SUMS else per_token
@@ -331,11 +336,9 @@ def reference_logps(pairs, reference, logprobs_fn, fill_id, args, device):
     if args.loss not in NEEDS_REFERENCE:
         return None, None
     if reference is None:
-        chosen_logps, rejected_logps = zip(*(pair["ref_logps"] for pair in pairs), strict=True)
-        return torch.tensor(chosen_logps, device=device), torch.tensor(
-            rejected_logps, device=device
-        )
-    sides = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+        logps = torch.tensor([pair["ref_logps"] for pair in pairs], device=device)
+        return logps[:, 0], logps[:, 1]
+    sides = both_sides(pairs)
     with torch.no_grad():
         sums, per_token = side_logps(reference, sides, logprobs_fn, fill_id, device)
     logps = sums if args.loss in TAKES_SUMS else per_token
@@ -347,7 +350,7 @@ def micro_batch_loss(model, pairs, means, reference, logprobs_fn, fill_id, args,
 
     reference: the frozen copy of --live_reference, or None.
     """
-    sides = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    sides = both_sides(pairs)
     sums, per_token = side_logps(model, sides, logprobs_fn, fill_id, device)
     logps = sums if args.loss in TAKES_SUMS else per_token
     losses, chosen_rewards, rejected_rewards = dpo_loss(

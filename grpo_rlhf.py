@@ -20,7 +20,7 @@ The objectives of four papers, as flags. The clipped loss, --num_epochs and --mi
 those of this file; RLOO, for instance, was published with one epoch and without clipping:
     GRPO        --advantage grpo --loss_norm sequence --kl_in loss --kl_coef 0.04
     DAPO        --advantage grpo --loss_norm token --cliprange_high 0.28 --mask_overlong
-                    --refill_flat_groups 5
+                    --missing_eos_score none --refill_flat_groups 5
     Dr. GRPO    --advantage dr_grpo --loss_norm constant
     RLOO        --advantage rloo --loss_norm constant --kl_in reward --kl_coef 0.05
 
@@ -84,14 +84,16 @@ Loss and steps
       constant: the sum, divided by the number of responses and by --response_length.
     - With --mask_overlong responses without an end token are compared with their group, but do not
       contribute to the loss and its metrics. They still count in the number of responses, and not
-      in the number of tokens.
+      in the number of tokens. Give them --missing_eos_score none as well: a penalty for them lowers
+      the mean of their group, and so raises the others, wrong answers too.
     - A minibatch is drawn from the rows of all ranks. Each rank takes an equal share of it, in
       micro-batches of rows of similar length. So neither the number of ranks nor
       --micro_batch_size changes the result, up to rounding.
     - A step is skipped if its gradient is not finite, or if the mean probability ratio of its
       tokens is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends an update
       before a step, but never before the first. Minibatches that are skipped, and the one that
-      ends an update early, are left out of the metrics.
+      ends an update early, are left out of the metrics. An update without a single step ends the
+      run with an error.
 Precision
     - With --precision bf16 the weights of the models that are not trained are rounded to bf16, so
       the first KL is only nearly 0. The trained weights stay fp32 and compute in bf16 through
@@ -178,7 +180,7 @@ class Args:
     """divides the logits wherever a probability is computed"""
     lr: float = 3e-4
     """learning rate of the first update; it falls linearly to lr / number of updates in the last.
-    The default suits the random walks; a pretrained model needs about 1e-5"""
+    The default suits the random walks; a pretrained model needs about 1e-6"""
     max_grad_norm: float = 1.0
     """the norm of the gradient, over all parameters, is clipped to this; 0 switches clipping off"""
     kl_coef: float = 0.0
@@ -720,8 +722,7 @@ def accumulate_gradients(model, full_batch, minibatch, loss_fn, args, ranks):
             normaliser,
         )
         loss.backward()
-        means.add(stats, part["loss_mask"])
-        means.add({"policy/entropy_avg": new["entropy"]}, part["loss_mask"])
+        means.add({**stats, "policy/entropy_avg": new["entropy"]}, part["loss_mask"])
     # A sum and not a mean, because each share was divided by the normaliser of all of them.
     utils.sum_gradients(model)
     return means
@@ -913,6 +914,8 @@ def load_reward_functions(specs, flag, prompts):
     for spec in specs:
         function = utils.load_function(spec, flag)
         name = function.__name__
+        if name == "reward_model":
+            raise UserError(f"{flag} {spec}: that is the name of --reward_model in the metrics")
         if name in functions:
             raise UserError(f"{flag} {spec}: another function is called {name} too")
         functions[name] = function

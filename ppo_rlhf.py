@@ -72,7 +72,8 @@ Loss and steps
     - A step is skipped if its gradient is not finite, or if the mean probability ratio of its
       tokens is above --ratio_guard or below 1 / --ratio_guard. --early_stop_kl ends an update
       before a step, but never before the first. Minibatches that are skipped, and the one that
-      ends an update early, are left out of the metrics.
+      ends an update early, are left out of the metrics. An update without a single step ends the
+      run with an error.
 Precision
     - With --precision bf16 the weights of the models that are not trained are rounded to bf16, so
       the first KL is only nearly 0. The trained weights stay fp32 and compute in bf16 through
@@ -973,6 +974,8 @@ def load_reward_functions(specs, flag, prompts):
     for spec in specs:
         function = utils.load_function(spec, flag)
         name = function.__name__
+        if name == "reward_model":
+            raise UserError(f"{flag} {spec}: that is the name of --reward_model in the metrics")
         if name in functions:
             raise UserError(f"{flag} {spec}: another function is called {name} too")
         functions[name] = function

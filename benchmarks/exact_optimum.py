@@ -54,7 +54,7 @@ PROMPT = "a"
 # For each row of the table: the script, its flags, and the number of tokens in a response.
 IN_REWARD = {"kl_in": "reward", "loss_norm": "constant"}
 # k3 in the loss has the stated gradient on samples of the policy, so for one pass over the batch.
-IN_LOSS = {"kl_in": "loss", "loss_norm": "constant", "num_epochs": 1}
+IN_LOSS = {"kl_in": "loss", "loss_norm": "constant", "num_epochs": 1, "num_generations": 8}
 RUNS = {
     "ppo": ("ppo", {}, LENGTH),
     "rloo": ("grpo", {"advantage": "rloo", **IN_REWARD}, LENGTH),
@@ -63,7 +63,7 @@ RUNS = {
     "rloo_k3_long": ("grpo", {"advantage": "rloo", **IN_LOSS}, LENGTH),
     "dr_grpo_k3": ("grpo", {"advantage": "dr_grpo", **IN_LOSS}, 1),
     "grpo_k3": ("grpo", {"advantage": "grpo", **IN_LOSS}, 1),
-    "grpo_k3_64": ("grpo", {"advantage": "grpo", "num_generations": 64, **IN_LOSS}, 1),
+    "grpo_k3_64": ("grpo", {"advantage": "grpo", **IN_LOSS, "num_generations": 64}, 1),
 }
 EXPECTED = ("dpo", "ipo", "simpo", "orpo")
 SAMPLED = "dpo_sampled"
@@ -72,7 +72,7 @@ SAMPLED = "dpo_sampled"
 @dataclass
 class Args:
     rows: tuple[str, ...] = (*RUNS, *EXPECTED, SAMPLED)
-    """of the table"""
+    """which rows of the table to measure"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of the task (reference and reward) and of the run alike"""
     beta: float = 1.0
@@ -201,7 +201,8 @@ def k3_optimum(ref_token_logprobs, rewards, beta):
 
 def k3_optimum_of_a_token(ref_probs, q_values, beta):
     """probs (N,8) = beta ref_probs / (lambda - q_values), with lambda (N,1) found by bisection."""
-    low = (q_values + beta * ref_probs).amax(1, keepdim=True)  # One token would have all of it.
+    # At the lower bound one token alone would have all the probability.
+    low = (q_values + beta * ref_probs).amax(1, keepdim=True)
     high = q_values.amax(1, keepdim=True) + beta
     for _ in range(200):
         middle = (low + high) / 2
@@ -427,14 +428,15 @@ def run_row(name, seed, folder, args):
     ref_logprobs = ref_token_logprobs.sum(1)
     if flags.get("kl_in", "reward") == "reward":
         optimum, _ = kl_optimum(ref_logprobs, rewards, args.beta)
-    elif name == "grpo_k3":
-        optimum = grpo_k3_optimum(ref_logprobs, rewards, args.beta, num_generations=8)
-    elif name == "grpo_k3_64":
-        optimum = grpo_k3_optimum(ref_logprobs, rewards, args.beta)
+    elif flags["advantage"] == "grpo":
+        # There are 6,435 groups of 8, and too many of 64.
+        G = flags["num_generations"] if flags["num_generations"] <= 8 else None
+        optimum = grpo_k3_optimum(ref_logprobs, rewards, args.beta, G)
     else:
-        # With the mean of a group subtracted, its own score included, a group of 8 gives 7/8 of the
-        # gradient.
-        share = 7 / 8 if flags["advantage"] == "dr_grpo" else 1
+        # With the mean of a group subtracted, its own score included, a group of G gives the share
+        # (G - 1) / G of the gradient.
+        G = flags["num_generations"]
+        share = (G - 1) / G if flags["advantage"] == "dr_grpo" else 1
         optimum = k3_optimum(ref_token_logprobs, share * rewards, args.beta)
     return logprobs, optimum, ref_logprobs, rewards
 

@@ -160,6 +160,45 @@ def test_the_optimum_with_k3_in_the_loss_is_its_formula():
     assert (lambdas - lambdas[0]).abs().max() < 1e-9 and lambdas[0] > rewards.max()
 
 
+def test_the_gradient_of_rloo_is_0_at_the_stated_optimum_of_sequences():
+    """Three tokens, k3 in the loss, one free logit for each token in each state."""
+    generator = torch.Generator().manual_seed(6)
+    responses = exact_optimum.all_responses()
+    rewards = torch.randn(len(responses), generator=generator, dtype=torch.float64)
+    shapes = ((1, 8), (8, 8), (64, 8))
+    ref_logits = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    args = grpo_rlhf.Args(kl_in="loss", kl_coef=0.7)
+
+    def token_logprobs(logits):
+        """(512,3), from the logits of the states with 0, 1 and 2 tokens before them."""
+        columns = []
+        for x in logits:
+            logprobs = torch.log_softmax(x, dim=-1).flatten()
+            columns.append(logprobs.repeat_interleave(len(responses) // len(logprobs)))
+        return torch.stack(columns, dim=1)
+
+    ref_logprobs = token_logprobs(ref_logits)
+
+    def gradient(logprobs):
+        """By the logits, at a policy that is given by its log-probabilities of sequences (512,)."""
+        prefix_logprobs = [logprobs.view(s[0], 8, -1).logsumexp(-1) for s in shapes]
+        logits = [x.clone().requires_grad_() for x in prefix_logprobs]
+        new_logprobs = token_logprobs(logits)
+        probs = logprobs.exp()[:, None]
+        advantages = rewards - (logprobs.exp() * rewards).sum()
+        mask = torch.ones(len(responses), 3, dtype=torch.bool)
+        _, parts = grpo_rlhf.grpo_loss(
+            new_logprobs, new_logprobs.detach(), ref_logprobs, advantages, mask, args
+        )
+        loss = (probs * (parts["loss/policy_avg"] + args.kl_coef * parts["loss/kl_avg"])).sum()
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, logits)]).norm()
+
+    optimum = exact_optimum.k3_optimum(ref_logprobs, rewards, 0.7)
+    assert optimum.exp().sum().item() == pytest.approx(1)
+    assert gradient(ref_logprobs.sum(1)) > 0.05
+    assert gradient(optimum) < 1e-9
+
+
 def test_large_groups_divide_beta_by_the_spread_of_the_scores():
     ref_logprobs, rewards = random_token_task()
     optimum = exact_optimum.grpo_k3_optimum(ref_logprobs, rewards, 0.7)

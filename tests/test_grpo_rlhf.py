@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grpo_rlhf
+import ppo_rlhf
 import utils
 from conftest import assert_same_gradients, gradients_of, read_jsonl, refuses, write_jsonl
 from grpo_rlhf import flat_groups, group_advantages, grpo_loss, k3, loss_normaliser, next_prompts
@@ -450,3 +451,18 @@ def test_a_resumed_run_ends_in_the_same_bits(settings, tmp_path, monkeypatch):
 )
 def test_refused_flags(settings, capsys, changes, match):
     refuses(capsys, "grpo_rlhf", settings("refused", **changes), match)
+
+
+@pytest.mark.parametrize("script", [grpo_rlhf, ppo_rlhf])
+def test_functions_whose_scores_would_have_one_name_are_refused(script, tmp_path):
+    """Else one score would silently take the place of the other."""
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "def reward_model(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n"
+    )
+    prompts = [([1], {"prompt": "a"})]
+    with pytest.raises(utils.UserError, match="the name of --reward_model"):
+        script.load_reward_functions([f"{path}:reward_model"], "--reward_fn", prompts)
+    path.write_text("def score(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n")
+    with pytest.raises(utils.UserError, match="another function is called score"):
+        script.load_reward_functions([f"{path}:score"] * 2, "--reward_fn", prompts)
